@@ -18,8 +18,6 @@ from xllm_plugins.compat import (
     vllm_version,
 )
 from xllm_plugins.config import (
-    ENV_CONFIG,
-    ENV_SELECTION,
     Mode,
     Section,
     Settings,
@@ -40,11 +38,10 @@ from xllm_plugins.features import (
     table,
 )
 from xllm_plugins.manager import registry
+from xllm_plugins.names import ENTRY_POINT, ENV_ALLOW_LIST, ENV_CONFIG, ENV_SELECTION
 
 logger = logging.getLogger("vllm.xllm_plugins")
 
-ENTRY_POINT = "xllm"
-ENV_ALLOW_LIST = "VLLM_PLUGINS"
 SETTINGS_KEY = "xllm"
 REPORT_KEY = "xllm_report"
 _ENDPOINTS = "vllm.endpoint_plugins"

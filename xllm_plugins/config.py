@@ -20,10 +20,9 @@ from typing import Any
 import yaml
 
 from xllm_plugins.errors import ConfigError
+from xllm_plugins.names import ENV_CONFIG, ENV_SELECTION
 
 ENV_PREFIX = "XLLM_"
-ENV_SELECTION = "XLLM_PLUGINS"
-ENV_CONFIG = "XLLM_CONFIG"
 DEFAULT_ORIGIN = "default"
 
 

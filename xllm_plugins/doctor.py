@@ -13,10 +13,11 @@ from typing import Any
 
 from xllm_plugins import activation
 from xllm_plugins.compat import SEAMS, SeamReport, inspect_seam, vllm_version
-from xllm_plugins.config import ENV_CONFIG, ENV_SELECTION, Mode, Settings
+from xllm_plugins.config import Mode, Settings
 from xllm_plugins.errors import XllmError
 from xllm_plugins.features import Decision, parse_selection, standing_reason, table
 from xllm_plugins.manager import registry
+from xllm_plugins.names import ENTRY_POINT, ENV_ALLOW_LIST, ENV_CONFIG, ENV_SELECTION
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def examine(selection_text: str) -> Findings:
         "python": platform.python_version(),
         "platform": _vllm_platform(),
         **activation.versions(),
-        activation.ENV_ALLOW_LIST: os.environ.get(activation.ENV_ALLOW_LIST),
+        ENV_ALLOW_LIST: os.environ.get(ENV_ALLOW_LIST),
         ENV_SELECTION: os.environ.get(ENV_SELECTION),
     }
     problems += _allow_list_problems()
@@ -93,12 +94,12 @@ def examine(selection_text: str) -> Findings:
 
 
 def _allow_list_problems() -> list[str]:
-    allowed = os.environ.get(activation.ENV_ALLOW_LIST)
-    if allowed is None or activation.ENTRY_POINT in allowed.split(","):
+    allowed = os.environ.get(ENV_ALLOW_LIST)
+    if allowed is None or ENTRY_POINT in allowed.split(","):
         return []
     return [
-        f"{activation.ENV_ALLOW_LIST} is {allowed!r}, which keeps vLLM from loading xllm, so "
-        f"--plugins is unknown to it; set {activation.ENV_ALLOW_LIST}="
+        f"{ENV_ALLOW_LIST} is {allowed!r}, which keeps vLLM from loading xllm, so "
+        f"--plugins is unknown to it; set {ENV_ALLOW_LIST}="
         f"{activation.allow_list(allowed)} or unset it."
     ]
 
@@ -126,8 +127,7 @@ def as_text(findings: Findings) -> str:
     parts = [("environment", [f"{k:<13} {v or '-'}" for k, v in findings.environment.items()])]
     width = max((len(s.seam) for s in findings.seams), default=0)
     rows = [
-        f"{s.seam:<{width}}  {'holds' if s.holds else 'BROKEN'}  {s.reason}"
-        for s in findings.seams
+        f"{s.seam:<{width}}  {'holds' if s.holds else 'fails'}  {s.reason}" for s in findings.seams
     ]
     parts.append(("seams", rows))
     if findings.decisions:

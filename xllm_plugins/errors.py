@@ -14,7 +14,7 @@ class FeatureError(XllmError):
 
 
 class NotAvailableError(XllmError):
-    """Raised by a feature's ``attach`` to stand back; the message is the reason shown to the user."""
+    """Raised by a feature's ``attach`` to stand back; its message is the reason shown."""
 
 
 class CompatError(XllmError):

@@ -179,8 +179,10 @@ class StepTimeModel:
             )
             weight = (1.0 - _FORGET**self._steps) / (1.0 - _FORGET)
             self._error = min(1.0, math.sqrt(max(0.0, fitted / weight + 1.0)))
-        values = [float(c) for c in self._coefficients]
-        self.current = StepTime(*values, error=self._error, ready=True)
+        base, token, square, cross, decode, context = self._coefficients.tolist()
+        self.current = StepTime(
+            base, token, square, cross, decode, context, error=self._error, ready=True
+        )
 
 
 def _non_negative_solution(

@@ -52,7 +52,7 @@ class Registry:
             ConfigError: none, or more than one, has that name.
         """
         offered = [p for p in _flat(self.hooks.hook.xllm_policies()) if p.kind == kind]
-        matching = [p for p in offered if p.name == name]
+        matching: list[Policy] = [p for p in offered if p.name == name]
         if len(matching) == 1:
             return matching[0]
         names = ", ".join(sorted(p.name for p in offered))
@@ -75,11 +75,11 @@ def registry() -> Registry:
         try:
             made.hooks.register(entry.load(), name=entry.name)
             made.hooks.check_pending()
-        except Exception as error:  # noqa: BLE001 - a stranger's failure must not stop vLLM
+        except Exception as error:
             if made.hooks.has_plugin(entry.name):
                 made.hooks.unregister(name=entry.name)
             made.failed[entry.name] = f"{type(error).__name__}: {error}"
-            logger.error("xllm plugin %s is off: it failed to load", entry.name, exc_info=True)
+            logger.exception("xllm plugin %s is off: it failed to load", entry.name)
     return made
 
 

@@ -9,7 +9,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from xllm_plugins.compat import cli_option
-from xllm_plugins.config import ENV_SELECTION
+from xllm_plugins.names import ENV_SELECTION
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
-
 from xllm_plugins.errors import CompatError
 
 SEAMS = ("cli_option", "engine_config", "engine_status", "request_class", "scheduler_levers")
@@ -76,6 +74,8 @@ def load_seam(name: str) -> ModuleType:
 
 def inspect_seam(name: str) -> SeamReport:
     """Hold one seam against the installed vLLM; imports the upstream modules that it names."""
+    from packaging.specifiers import SpecifierSet  # late: a dormant start-up does not pay for it
+
     module, version = load_seam(name), vllm_version()
     if version is None:
         return SeamReport(name, False, "vLLM is not installed")

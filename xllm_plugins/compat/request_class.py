@@ -86,6 +86,4 @@ async def _refuse(serving: Any, message: str, request: Any, raw_request: Any) ->
 
     # A refused decode request must still free the blocks that a prefill instance holds for it.
     cleanup = getattr(serving, "_with_kv_transfer_rejection_cleanup", None)
-    return (
-        await cleanup(answer(), request, raw_request) if cleanup is not None else await answer()
-    )
+    return await cleanup(answer(), request, raw_request) if cleanup is not None else await answer()

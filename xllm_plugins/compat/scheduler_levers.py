@@ -19,9 +19,7 @@ _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 SEAM = (
     Target(f"{_SCHEDULER}.schedule", ("self",)),
     Target(f"{_SCHEDULER}.add_request", ("self", "request")),
-    Target(
-        f"{_SCHEDULER}.update_from_output", ("self", "scheduler_output", "model_runner_output")
-    ),
+    Target(f"{_SCHEDULER}.update_from_output", ("self", "scheduler_output", "model_runner_output")),
     Target(f"{_SCHEDULER}._preempt_request", ("self", "request", "timestamp")),
     Target(
         f"{_SCHEDULER}._reserve_prefill_lookahead",

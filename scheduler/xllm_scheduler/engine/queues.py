@@ -25,26 +25,32 @@ class ClassQueue(RequestQueue):  # type: ignore[misc]
         self.offline_open = True
 
     def add_request(self, request: Request) -> None:
+        """Add at the end of the class's lane."""
         self._lane(request).add_request(request)
 
     def pop_request(self) -> Request:
+        """Take the head out."""
         return self._front().pop_request()
 
     def peek_request(self) -> Request:
+        """The head: online first, offline while its lane is open."""
         return self._front().peek_request()
 
     def prepend_request(self, request: Request) -> None:
+        """Put at the head of the class's lane."""
         self._lane(request).prepend_request(request)
 
     def prepend_requests(self, requests: Iterable[Request]) -> None:
-        # One by one, as deque.extendleft does: the last of them ends up at the head.
+        """Put each at the head in turn; the last one ends up first, as with extendleft."""
         for request in requests:
             self.prepend_request(request)
 
     def remove_request(self, request: Request) -> None:
+        """Take one request out, open lane or not."""
         self._lane(request).remove_request(request)
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
+        """Take several out, open lane or not."""
         wanted = set(requests)
         for lane, online in ((self._online, True), (self._offline, False)):
             mine = {r for r in wanted if self._is_online(r) is online}

@@ -191,11 +191,12 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         if self._policy_failure:
             return plain
         try:
-            return self._policy.plan(self._view(now_s))
+            planned: StepPlan = self._policy.plan(self._view(now_s))
         except Exception as error:
             self._policy_failure = f"{type(error).__name__}: {error}"
             logger.exception("The step policy failed; from now on vLLM schedules alone.")
             return plain
+        return planned
 
     def _view(self, now_s: float) -> StepView:
         start_s = self._clock.next_start_s(now_s)
@@ -218,7 +219,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         computed = request.num_computed_tokens
         outputs = request.num_output_tokens + request.num_output_placeholders
         new_tokens = request.num_tokens_with_spec + request.num_output_placeholders - computed
-        decoding = running and computed >= request.num_prompt_tokens and not request.is_prefill_chunk
+        decoding = running and not request.is_prefill_chunk
         online, due_s, tpot_ms = True, start_s, self._section.tpot_ms
         record = served(request)
         if record is not None:
@@ -258,7 +259,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
 
 
 def _class_of(request: Request) -> str:
-    return (ServiceClass.ONLINE if is_online(request) else ServiceClass.OFFLINE).value
+    return "online" if is_online(request) else "offline"
 
 
 @functools.cache
