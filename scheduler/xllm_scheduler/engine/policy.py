@@ -17,6 +17,7 @@ from xllm_scheduler.config import SchedulerSection
 _COLD_TOKENS = 256  # budget of a step while the model has seen too few to predict
 _MIN_CHUNK = 16  # smaller chunks cost more in overhead than they bring
 _LEAST_CHUNK = 64  # the least progress of the most urgent prefill
+_MAX_RESERVE = 2.0  # in steps at the pace of the TPOT SLO
 _MIN_MARGIN, _MAX_MARGIN = 0.05, 0.4
 
 
@@ -59,6 +60,7 @@ class StepView:
         running: requests in service order.
         waiting: the head of the waiting requests, online before offline.
         can_cap: whether one request's chunk can be capped; else it is held as a whole.
+        online_prompt_tokens: the mean prompt length of recent online requests, in tokens.
     """
 
     start_s: float
@@ -67,6 +69,7 @@ class StepView:
     running: tuple[RequestView, ...] = ()
     waiting: tuple[RequestView, ...] = ()
     can_cap: bool = True
+    online_prompt_tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ class _Step:
         tokens = min(tokens, self.tokens_left)
         self.shape = self.shape.with_chunk(tokens, request.context_tokens)
         self.tokens_left -= tokens
-        if tokens < request.new_tokens:
+        # A waiting request without tokens needs no cap: what is left of the budget is not its.
+        if tokens < request.new_tokens and (tokens or request.running):
             self.chunks[request.request_id] = tokens
 
     def fits(self, request: RequestView, target_ms: float) -> bool:
@@ -131,11 +135,13 @@ class _Step:
 class ElasticPolicy(StepPolicy):
     """Online first; offline only into what the tightest online deadline leaves.
 
-    With ``slack`` the time until the next token of the tightest decoding online request is due, a
-    step with offline work lasts at most ``min(slack, online_share * tpot)``, less a margin that
-    grows with the latency model's error. Online prefills may use all slack that decodes have saved
-    up, most urgent first. While one is under way, offline work takes only what the prefill's own
-    deadline leaves. Without online work a step lasts at most ``idle_step_share * ttft``.
+    With ``slack`` the time until the next token of the tightest decoding online request is due,
+    less a margin that grows with the latency model's error, a step with offline work lasts at most
+    ``min(slack - reserve, online_share * tpot)``. The reserve is the time that the prefill of the
+    next online arrival will take from the decodes; it is built up by holding offline work. Online
+    prefills may use all slack, most urgent first. While one is under way, offline work takes only
+    what the prefill's own deadline leaves. Without online work a step lasts at most
+    ``idle_step_share * ttft``.
 
     The method is that of xLLM's co-location (arXiv 2511.21862), with token-level deadlines in the
     place of one step limit for all.
@@ -204,7 +210,10 @@ class ElasticPolicy(StepPolicy):
             step.add(request, request.new_tokens)
         saved_ms = min(map(slack_ms, decodes), default=math.inf)
         pace_ms = self._section.online_share * min((r.tpot_ms for r in decodes), default=math.inf)
-        target_ms = min(saved_ms, pace_ms)
+        reserve_ms = min(
+            view.step_time.added_ms(int(view.online_prompt_tokens), 0), _MAX_RESERVE * pace_ms
+        )
+        target_ms = min(saved_ms - reserve_ms, pace_ms)
         prefills = sorted((r for r in online if not r.decoding), key=lambda r: r.due_s)
         for index, request in enumerate(prefills):
             tokens = step.room(request, max(saved_ms, pace_ms))

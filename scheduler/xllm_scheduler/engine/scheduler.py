@@ -46,6 +46,7 @@ else:
 logger = logging.getLogger("vllm.xllm_scheduler")
 
 POLICY_KIND = "scheduler.step"
+_PROMPT_WEIGHT = 0.1  # of the newest online prompt in the mean of recent ones
 _ONLINE_WINDOW, _OFFLINE_WINDOW = 32, 8  # how many waiting requests of a class a step looks at
 
 
@@ -88,6 +89,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             self, lambda new_lane: ClassQueue(new_lane, is_online)
         )
         self._chunk_tokens: dict[str, int] = {}
+        self._online_prompt_tokens = 0.0
         self._counts: Counter[tuple[str, str]] = Counter()
         self._policy_seconds = 0.0
         register_reporter("scheduler", self.xllm_report)
@@ -183,6 +185,9 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             logger.warning("request %s: %s It is served as online.", request.request_id, error)
             service = classify({}, 0, self._section)
         self._counts["requests", service.kind.value] += 1
+        if service.online:
+            grown = request.num_prompt_tokens - self._online_prompt_tokens
+            self._online_prompt_tokens += _PROMPT_WEIGHT * grown
         waited_s = max(0.0, time.time() - request.arrival_time)
         return Served(service, time.monotonic() - waited_s)
 
@@ -213,6 +218,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             running=tuple(self._request_view(r, True, start_s) for r in self.running),
             waiting=tuple(self._request_view(r, False, start_s) for r in waiting),
             can_cap=self._can_cap,
+            online_prompt_tokens=self._online_prompt_tokens,
         )
 
     def _request_view(self, request: Request, running: bool, start_s: float) -> RequestView:
