@@ -160,12 +160,14 @@ def decide(
     """Attach one feature, or say why it is off.
 
     Raises:
+        ConfigError: its settings name something that is not installed.
         FeatureError: its mode is ``on`` and it cannot work here.
     """
     reason = standing_reason(feature, section, selection)
     if reason:
         return Decision(feature.name, section.mode.value, False, reason)
     attached_to = ""
+    feature.check(section)
     try:
         broken = [r for r in map(inspect_seam, feature.seams) if not r.holds]
         if broken:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 import typing
 from collections.abc import Mapping, Sequence
@@ -104,9 +105,13 @@ def resolve(sections: Mapping[str, type[Section]], sources: Sequence[Source]) ->
         for field in dataclasses.fields(cls)
     }
     for source in reversed(sources):
+        if not isinstance(source.values, Mapping):
+            raise ConfigError(
+                f"{source.origin} holds {source.values!r}; allowed is a mapping of sections."
+            )
         for name, values in source.values.items():
             if name not in sections:
-                raise ConfigError(_unknown(name, source.origin, sorted(sections), "section"))
+                raise ConfigError(_unknown(str(name), source.origin, sorted(sections), "section"))
             if not isinstance(values, Mapping):
                 raise ConfigError(
                     f"{name} from {source.origin} is {values!r}; allowed is a mapping of settings."
@@ -142,10 +147,10 @@ def source_from_text(text: str, flag: str = "--xllm-config") -> Source:
             f"{flag} is {text!r}, which cannot be read ({error.strerror}); "
             "allowed is a YAML or JSON file, or a JSON object."
         ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{flag} file {text} is not valid YAML: {error}.") from error
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{flag} file {text} holds {values!r}; allowed is a mapping of sections.")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        # PyYAML's errors have several lines.
+        why = " ".join(str(error).split())
+        raise ConfigError(f"{flag} file {text} is not valid YAML: {why}.") from error
     return Source(f"file {text}", values)
 
 
@@ -165,7 +170,10 @@ def source_from_environment(
 
 
 def _scalar(text: str) -> Any:
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
     # YAML 1.1 reads on and off as booleans, but here they are two of the modes.
     return text if isinstance(value, bool) and text.lower() in ("on", "off") else value
 
@@ -183,16 +191,19 @@ def _checked(cls: type[Section], path: str, value: Any, origin: str) -> Any:
         wanted = {True: "on", False: "off"}.get(value, value) if type(value) is bool else value
         if wanted in [member.value for member in kind]:
             return kind(wanted)
-    elif kind is float and type(value) in (int, float) and _within(value, limits):
-        return float(value)
-    elif type(value) is kind and (kind is not int or _within(value, limits)):
+    elif kind in (int, float):
+        # By type and not isinstance: a boolean is no number.
+        if type(value) in (int, kind) and _within(value, limits):
+            return kind(value)
+    elif type(value) is kind:
         return value
     raise ConfigError(f"{path} from {origin} is {value!r}; allowed is {allowed(kind, limits)}.")
 
 
 def _within(value: float, limits: Limits) -> bool:
     return (
-        (limits.above is None or value > limits.above)
+        math.isfinite(value)
+        and (limits.above is None or value > limits.above)
         and (limits.at_least is None or value >= limits.at_least)
         and (limits.at_most is None or value <= limits.at_most)
     )

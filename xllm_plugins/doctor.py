@@ -86,6 +86,12 @@ def examine(selection_text: str) -> Findings:
             reason = f"seam {broken[0].seam} does not hold: {broken[0].reason}"
             if section.mode is Mode.ON:
                 problems.append(f"{feature.name}.mode is on, but {reason}.")
+        if not reason:
+            try:
+                feature.check(section)
+            except XllmError as error:
+                reason = str(error)
+                problems.append(reason)
         why = reason or "can attach; vllm serve decides with the model at hand"
         decisions.append(Decision(feature.name, section.mode.value, not reason, why))
     if vllm_version() is not None and not any(d.active for d in decisions):

@@ -43,6 +43,8 @@ class Feature:
         section: the dataclass of its settings.
         attach: changes ``vllm_config`` and returns what the feature attached to; raises
             ``NotAvailableError`` with the reason when it cannot or should not.
+        check: looks at the settings alone and raises ``ConfigError`` if they name something that
+            is not installed; also what ``xllm doctor`` asks.
         seams: names of the compat files it needs; one that does not hold switches it off.
         metrics: what it exports under ``xllm:``.
     """
@@ -51,6 +53,7 @@ class Feature:
     summary: str
     section: type[Section]
     attach: Callable[[Attachment], str]
+    check: Callable[[Any], None] = lambda section: None
     seams: tuple[str, ...] = ()
     metrics: tuple[Metric, ...] = ()
 

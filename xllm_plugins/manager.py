@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 import pluggy
@@ -73,14 +73,22 @@ def registry() -> Registry:
     made = new_registry()
     for entry in sorted(entry_points(group=hookspecs.NAMESPACE), key=lambda e: e.name):
         try:
-            made.hooks.register(entry.load(), name=entry.name)
-            made.hooks.check_pending()
+            _add(made.hooks, entry)
         except Exception as error:
-            if made.hooks.has_plugin(entry.name):
-                made.hooks.unregister(name=entry.name)
             made.failed[entry.name] = f"{type(error).__name__}: {error}"
             logger.exception("xllm plugin %s is off: it failed to load", entry.name)
     return made
+
+
+def _add(hooks: pluggy.PluginManager, entry: EntryPoint) -> None:
+    if hooks.has_plugin(entry.name):
+        raise ConfigError(f"Another plugin is already named {entry.name!r}.")
+    try:
+        hooks.register(entry.load(), name=entry.name)
+        hooks.check_pending()
+    except Exception:
+        hooks.unregister(name=entry.name)
+        raise
 
 
 def _flat(results: Iterable[Iterable[_T]]) -> list[_T]:

@@ -8,13 +8,20 @@ from xllm_plugins.config import Mode
 from xllm_plugins.errors import NotAvailableError
 from xllm_plugins.features import Attachment, Feature, Policy
 from xllm_plugins.hookspecs import hookimpl
+from xllm_plugins.manager import registry
 from xllm_plugins.metrics import Metric
 from xllm_scheduler.classes import complete_xargs
 from xllm_scheduler.config import SchedulerSection
 from xllm_scheduler.engine.policy import ElasticPolicy
 
+POLICY_KIND = "scheduler.step"
 SCHEDULER = "xllm_scheduler.engine.scheduler.elastic_scheduler"
 _BY_CLASS = ("class",)
+
+
+def check(section: SchedulerSection) -> None:
+    """Refuse a policy that no installed plugin offers."""
+    registry().policy(POLICY_KIND, section.policy)
 
 
 def attach(attachment: Attachment) -> str:
@@ -43,6 +50,7 @@ FEATURE = Feature(
     summary="Online and offline requests share one engine; online SLOs hold.",
     section=SchedulerSection,
     attach=attach,
+    check=check,
     seams=("scheduler_levers", "request_class"),
     metrics=(
         Metric("scheduler_requests", "counter", "Requests taken in.", _BY_CLASS),
@@ -67,4 +75,4 @@ def xllm_features() -> list[Feature]:
 @hookimpl
 def xllm_policies() -> list[Policy]:
     """The ``elastic`` step policy."""
-    return [Policy("scheduler.step", "elastic", ElasticPolicy)]
+    return [Policy(POLICY_KIND, "elastic", ElasticPolicy)]

@@ -37,6 +37,7 @@ from xllm_scheduler.config import SchedulerSection
 from xllm_scheduler.engine.policy import RequestView, StepPlan, StepView
 from xllm_scheduler.engine.queues import ClassQueue
 from xllm_scheduler.engine.steps import StepClock
+from xllm_scheduler.plugin import POLICY_KIND
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as _Base
@@ -45,7 +46,6 @@ else:
 
 logger = logging.getLogger("vllm.xllm_scheduler")
 
-POLICY_KIND = "scheduler.step"
 _PROMPT_WEIGHT = 0.1  # of the newest online prompt in the mean of recent ones
 _ONLINE_WINDOW, _OFFLINE_WINDOW = 32, 8  # how many waiting requests of a class a step looks at
 
