@@ -1,0 +1,83 @@
+"""The pages say what the code says: settings, metrics and seams, value for value."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from pathlib import Path
+
+import pytest
+
+from xllm_plugins.compat import SEAMS
+from xllm_plugins.config import Limits, allowed
+from xllm_plugins.features import Feature
+from xllm_plugins.manager import registry
+
+ROOT = Path(__file__).resolve().parents[2]
+PART_HEADINGS = (
+    "## Method",
+    "## Inputs",
+    "## Settings",
+    "## Metrics",
+    "## Trade-offs, and when to switch it off",
+    "## How it was measured",
+)
+PAGES = sorted(
+    path
+    for folder in ("", "scheduler", "docs", "benchmarks", "examples/shortest_first")
+    for path in (ROOT / folder).glob("*.md")
+)
+FEATURES = list(registry().features().values())
+
+
+def page(feature: Feature) -> str:
+    """The README of the part that a feature belongs to."""
+    return (ROOT / feature.name / "README.md").read_text()
+
+
+def rows(text: str, prefix: str) -> list[tuple[str, ...]]:
+    """The cells of the table rows whose first cell starts with a prefix."""
+    found = re.findall(rf"^\| `({re.escape(prefix)}[^`]+)` \|(.*)\|$", text, re.MULTILINE)
+    return [(name, *(cell.strip() for cell in rest.split("|"))) for name, rest in found]
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=lambda f: f.name)
+def test_every_setting_stands_in_its_table(feature: Feature) -> None:
+    hints = typing.get_type_hints(feature.section)
+    expected = []
+    for field in dataclasses.fields(feature.section):
+        limits: Limits = field.metadata["limits"]
+        default = getattr(field.default, "value", field.default)
+        accepts = allowed(hints[field.name], limits)
+        expected.append((f"{feature.name}.{field.name}", str(default), accepts, limits.doc))
+    assert rows(page(feature), f"{feature.name}.") == expected
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=lambda f: f.name)
+def test_every_metric_stands_in_its_table(feature: Feature) -> None:
+    expected = [
+        (f"xllm:{metric.name}", metric.kind, ", ".join(("engine", *metric.labels)), metric.doc)
+        for metric in feature.metrics
+    ]
+    assert rows(page(feature), "xllm:") == expected
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=lambda f: f.name)
+def test_every_part_has_a_readme_of_the_one_form(feature: Feature) -> None:
+    text = page(feature)
+    positions = [text.find(f"\n{heading}\n") for heading in PART_HEADINGS]
+    assert -1 not in positions
+    assert positions == sorted(positions)
+    assert text.index("**Swaps**") < text.index("**Why.**") < positions[0]
+
+
+def test_every_seam_stands_on_the_compatibility_page() -> None:
+    text = (ROOT / "docs" / "compatibility.md").read_text()
+    assert [name for name, *_ in rows(text, "")] == list(SEAMS)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_relative_link_leads_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+        assert (path.parent / target).exists(), target
