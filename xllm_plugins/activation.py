@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions
+from pathlib import Path
 from typing import Any
 
 from xllm_plugins import status
@@ -66,7 +67,8 @@ def choose_config(text: str) -> None:
         ConfigError: it cannot be read, or holds an unknown key, a wrong type or a bad value.
     """
     resolve(registry().sections(), [source_from_text(text)])
-    os.environ[ENV_CONFIG] = text if text.lstrip().startswith("{") else os.path.abspath(text)  # noqa: PTH100 - keeps the text of a relative path in error messages until here
+    inline = text.lstrip().startswith("{")
+    os.environ[ENV_CONFIG] = text if inline else str(Path(text).expanduser().absolute())
     activate()
 
 

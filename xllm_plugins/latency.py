@@ -120,13 +120,12 @@ class StepTime:
 
     def prefill_tokens_within(self, budget_ms: float, context_tokens: int) -> float:
         """How many tokens of one chunk fit into ``budget_ms``; infinite where they cost nothing."""
-        if budget_ms <= 0.0:
-            return 0.0
+        if budget_ms <= 0.0 or budget_ms == math.inf:
+            return max(0.0, budget_ms)
         linear = self.token + self.cross * context_tokens
-        if self.square > 0.0:
-            root = math.sqrt(linear * linear + 4.0 * self.square * budget_ms)
-            return (root - linear) / (2.0 * self.square)
-        return budget_ms / linear if linear > 0.0 else math.inf
+        # The root of the quadratic in the form that stays exact where its square term vanishes.
+        root = math.sqrt(linear * linear + 4.0 * self.square * budget_ms)
+        return 2.0 * budget_ms / (linear + root) if 0.0 < root < math.inf else math.inf
 
 
 class StepTimeModel:

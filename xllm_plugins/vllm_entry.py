@@ -61,7 +61,7 @@ class StatusEndpoints:
 
         @app.get(STATUS_PATH)
         async def status() -> dict[str, Any]:
-            return await _status(app.state.engine_client)
+            return await _status(getattr(app.state, "engine_client", None))
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Start the poll in the first of the API servers, so that nothing is counted twice."""
@@ -74,9 +74,13 @@ class StatusEndpoints:
 
 
 async def _status(engine_client: Any) -> dict[str, Any]:
+    from fastapi import HTTPException
+
     from xllm_plugins.activation import REPORT_KEY, SETTINGS_KEY
     from xllm_plugins.compat import engine_status
 
+    if engine_client is None:
+        raise HTTPException(503, "This server has no engine.")
     additional = engine_client.vllm_config.additional_config
     report = additional[REPORT_KEY]
     settings = {
