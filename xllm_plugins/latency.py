@@ -153,16 +153,20 @@ class StepTimeModel:
         if not measured_ms > 0.0:
             raise ValueError(f"measured_ms is {measured_ms}; allowed is a number above 0.")
         terms = shape.terms()
-        weight = 1.0
+        weight, scale_ms = 1.0, measured_ms
         if self.current.ready:
-            residual = abs(float(terms @ self._coefficients) - measured_ms) / measured_ms
+            predicted_ms = float(terms @ self._coefficients)
+            # A step whose end is seen late makes the next one look far too short; by the longer of
+            # the two times it is no more of an outlier than a stall.
+            scale_ms = max(measured_ms, predicted_ms)
+            residual = abs(predicted_ms - measured_ms) / scale_ms
             bound = _HUBER * max(self._error, _ERROR_FLOOR)
             weight = min(1.0, bound / residual) if residual > 0.0 else 1.0
-            self._error += (1.0 - _ERROR_DECAY) * (min(residual, 1.0) - self._error)
-        # Dividing by the measured time makes the least squares relative: short steps count too.
-        scaled = terms / measured_ms
+            self._error += (1.0 - _ERROR_DECAY) * (residual - self._error)
+        # Dividing by its time makes the least squares relative: short steps count too.
+        scaled = terms / scale_ms
         self._gram = _FORGET * self._gram + weight * np.outer(scaled, scaled)
-        self._moment = _FORGET * self._moment + weight * scaled
+        self._moment = _FORGET * self._moment + weight * scaled * (measured_ms / scale_ms)
         self._steps += 1
         if self._steps >= _WARM_STEPS and self._steps % _REFIT_EVERY == 0:
             self._refit()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from xllm_plugins.latency import StepShape, StepTime
 from xllm_scheduler.config import SchedulerSection
 
-_COLD_TOKENS = 256  # budget of a step while the model has seen too few to predict
+_COLD_TOKENS = 256  # of offline prefill in a step while the model has seen too few to predict
 _MIN_CHUNK = 16  # smaller chunks cost more in overhead than they bring
 _LEAST_CHUNK = 64  # the least progress of the most urgent prefill
 _MAX_RESERVE = 2.0  # in steps at the pace of the TPOT SLO
@@ -99,6 +99,10 @@ class StepPolicy(ABC):
         """Decide one step. Must not keep references to the view."""
 
 
+def _least_tokens(request: RequestView) -> int:
+    return min(_LEAST_CHUNK, request.new_tokens) if request.splittable else request.new_tokens
+
+
 class _Step:
     """A step under construction: its shape, what is left of the budget, and the caps."""
 
@@ -106,6 +110,8 @@ class _Step:
         self.time = time
         self.shape = StepShape()
         self.tokens_left = max_tokens
+        self.used = 0
+        self.added: set[str] = set()
         self.chunks: dict[str, int] = {}
 
     def ms(self) -> float:
@@ -115,9 +121,16 @@ class _Step:
         tokens = min(tokens, self.tokens_left)
         self.shape = self.shape.with_chunk(tokens, request.context_tokens)
         self.tokens_left -= tokens
+        self.used += tokens
+        if tokens:
+            self.added.add(request.request_id)
         # A waiting request without tokens needs no cap: what is left of the budget is not its.
         if tokens < request.new_tokens and (tokens or request.running):
             self.chunks[request.request_id] = tokens
+
+    def force(self, request: RequestView) -> None:
+        """Add a request whatever it costs: the least chunk, or all where it may not be cut."""
+        self.add(request, _least_tokens(request))
 
     def fits(self, request: RequestView, target_ms: float) -> bool:
         added = self.time.added_ms(request.new_tokens, request.context_tokens)
@@ -160,35 +173,38 @@ class ElasticPolicy(StepPolicy):
             # Online alone is vLLM's own business: nothing is gained by shaping the step.
             self._holding_since_s = None
             return StepPlan(view.max_tokens)
-        cold_tokens = len(view.running) + _COLD_TOKENS
-        tokens = view.max_tokens if view.step_time.ready else min(view.max_tokens, cold_tokens)
-        step = _Step(view.step_time, tokens)
+        first = [*offline, *queued][0]
+        step = _Step(view.step_time, view.max_tokens)
+        overdue = bool(online) and self._held_too_long(view.start_s)
+        if overdue:
+            step.force(first)
         target_ms = self._add_online(step, view, online)
-        if online and self._held_too_long(view.start_s):
-            tpot_ms = min(r.tpot_ms for r in online)
-            target_ms = max(target_ms, step.ms() + self._section.online_share * tpot_ms)
+        if overdue:
+            pace_ms = self._section.online_share * min(r.tpot_ms for r in online)
+            target_ms = max(target_ms, step.ms() + pace_ms)
+        if not view.step_time.ready:
+            decode_tokens = sum(r.new_tokens for r in offline if r.decoding)
+            step.tokens_left = min(step.tokens_left, decode_tokens + _COLD_TOKENS)
         held = _add_offline_decodes(step, offline, target_ms if online else math.inf)
         if not view.can_cap and any(not r.running for r in online):
             # Running requests are served before waiting ones: only holding reserves their tokens.
-            held |= {r.request_id for r in offline if not r.decoding}
+            held |= {r.request_id for r in offline if not r.decoding} - step.added
         held |= _add_offline_prefills(step, offline, target_ms, held)
-        admitted = _add_queued(step, queued, target_ms)
+        _add_queued(step, queued, target_ms)
         if step.shape.is_empty:
             # A step is never empty, however slow the model says that it is.
-            first = next(iter([*offline, *queued]))
-            step.add(first, _LEAST_CHUNK if first.splittable else first.new_tokens)
+            step.tokens_left = view.max_tokens
+            step.force(first)
             held.discard(first.request_id)
-            admitted = admitted or not first.running
-        stalled = bool(online) and len(held) == len(offline) and not admitted
-        if not stalled:
+        if any(r.request_id in step.added for r in (*offline, *queued)) or not online:
             self._holding_since_s = None
         elif self._holding_since_s is None:
             self._holding_since_s = view.start_s
         return StepPlan(
-            max_tokens=tokens - step.tokens_left,
+            max_tokens=step.used,
             held=frozenset(held),
             chunk_tokens=step.chunks,
-            admit_offline=admitted,
+            admit_offline=any(r.request_id in step.added for r in queued),
             target_ms=target_ms,
         )
 
@@ -218,8 +234,7 @@ class ElasticPolicy(StepPolicy):
         for index, request in enumerate(prefills):
             tokens = step.room(request, max(saved_ms, pace_ms))
             if index == 0:
-                least = min(_LEAST_CHUNK, request.new_tokens)
-                tokens = max(tokens, least if request.splittable else request.new_tokens)
+                tokens = max(tokens, _least_tokens(request))
             tokens = min(tokens, step.tokens_left)
             rest = request.new_tokens - tokens
             steps = 1.0 + (rest / tokens if tokens else math.inf)
@@ -233,7 +248,7 @@ def _add_offline_decodes(step: _Step, offline: list[RequestView], target_ms: flo
     """Add decodes in order while they fit; return the others, to be held."""
     held = set()
     for request in offline:
-        if not request.decoding:
+        if not request.decoding or request.request_id in step.added:
             continue
         if step.fits(request, target_ms):
             step.add(request, request.new_tokens)
@@ -248,7 +263,7 @@ def _add_offline_prefills(
     """Add chunks in order while they fit; return the others, to be held."""
     left_out = set()
     for request in offline:
-        if request.decoding or request.request_id in held:
+        if request.decoding or request.request_id in held | step.added:
             continue
         tokens = step.room(request, target_ms)
         if tokens:
@@ -258,13 +273,12 @@ def _add_offline_prefills(
     return left_out
 
 
-def _add_queued(step: _Step, queued: list[RequestView], target_ms: float) -> bool:
-    """Add waiting offline requests, head first, while they fit; whether any was added."""
-    admitted = False
+def _add_queued(step: _Step, queued: list[RequestView], target_ms: float) -> None:
+    """Add waiting offline requests, head first, while they fit."""
     for request in queued:
+        if request.request_id in step.added:
+            continue
         tokens = step.room(request, target_ms)
         if not tokens:
             break
         step.add(request, tokens)
-        admitted = True
-    return admitted

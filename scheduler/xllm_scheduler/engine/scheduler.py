@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,8 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             self, lambda new_lane: ClassQueue(new_lane, is_online)
         )
         self._chunk_tokens: dict[str, int] = {}
+        self._shown_waiting: list[Request] = []
+        self._hide_waiting = False
         self._online_prompt_tokens = 0.0
         self._counts: Counter[tuple[str, str]] = Counter()
         self._policy_seconds = 0.0
@@ -120,6 +123,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             self._chunk_tokens = {}
             for queue in self._queues:
                 queue.offline_open = True
+        self._hide_waiting = self._admitted_none(output.num_scheduled_tokens, plan)
         self._clock.launched(id(output), self._chunks(output), time.monotonic())
         return output
 
@@ -203,6 +207,14 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             return plain
         return planned
 
+    def _admitted_none(self, scheduled: Mapping[str, int], plan: StepPlan) -> bool:
+        # No slot, no KV, a grammar that is not ready: what the plan set aside for waiting requests
+        # came to nothing, and running ones were held for it. The next step is planned without them;
+        # otherwise each could wait for the other for ever.
+        let_in = [r.request_id for r in self._shown_waiting if plan.admit_offline or is_online(r)]
+        unused = plan.max_tokens - sum(scheduled.values())
+        return bool(let_in) and unused > 0 and scheduled.keys().isdisjoint(let_in)
+
     def _view(self, now_s: float) -> StepView:
         start_s = self._clock.next_start_s(now_s)
         waiting = [
@@ -210,7 +222,9 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             for online, most in ((True, _ONLINE_WINDOW), (False, _OFFLINE_WINDOW))
             for queue in self._queues
             for request in queue.head(online, most)
+            if not self._hide_waiting
         ]
+        self._shown_waiting = waiting
         return StepView(
             start_s=start_s,
             max_tokens=self.max_num_scheduled_tokens,

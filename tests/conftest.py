@@ -1,0 +1,20 @@
+"""What all tests share: one hypothesis profile, and the skip of tests that need vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+from hypothesis import settings
+
+# The same examples in every run; a shared machine may be slow, so no deadline.
+settings.register_profile("xllm", deadline=None, derandomize=True, max_examples=200)
+settings.load_profile("xllm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if importlib.util.find_spec("vllm") is not None:
+        return
+    for item in items:
+        if item.get_closest_marker("vllm") or item.get_closest_marker("serve"):
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))

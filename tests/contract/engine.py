@@ -1,0 +1,239 @@
+"""An engine without a model: a real vLLM scheduler and KV cache manager, driven as vLLM does.
+
+Everything that differs between the supported vLLM versions is in :func:`build`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from tests.contract.worker import Worker
+from xllm_plugins.activation import REPORT_KEY, SETTINGS_KEY
+from xllm_plugins.config import section_values
+from xllm_scheduler.config import SchedulerSection
+
+MAX_LEN = 96
+BLOCK = 4
+_EMPTY_STEP_S = 0.001  # how long vLLM's engine sleeps when it could execute nothing
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 1,
+    "vocab_size": 64,
+    "max_position_embeddings": 512,
+}
+_model_directory: list[Path] = []
+
+
+def use_model_directory(directory: Path) -> None:
+    """Write the tiny model's config where :func:`build` will find it."""
+    (directory / "config.json").write_text(json.dumps(_LLAMA), encoding="utf-8")
+    _model_directory[:] = [directory]
+
+
+@functools.cache
+def _model_config() -> ModelConfig:
+    init_none_hash(sha256)
+    return ModelConfig(
+        model=str(_model_directory[0]),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=MAX_LEN,
+    )
+
+
+@dataclass
+class Clock:
+    """Stands in for the module ``time``."""
+
+    now_s: float = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def time(self) -> float:
+        return self.now_s
+
+
+def build(
+    scheduler_class: type,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    budget: int = 64,
+    seqs: int = 8,
+    blocks: int = 128,
+    policy: str = "fcfs",
+) -> Any:
+    """A scheduler of this class; ``settings`` are those of the section ``scheduler``."""
+    scheduler_config = SchedulerConfig(
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=MAX_LEN,
+        enable_chunked_prefill=True,
+        is_encoder_decoder=False,
+        async_scheduling=False,
+        policy=policy,
+    )
+    values = section_values(SchedulerSection()) | dict(settings or {})
+    vllm_config = VllmConfig(
+        model_config=_model_config(),
+        scheduler_config=scheduler_config,
+        cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
+        additional_config={
+            SETTINGS_KEY: {"scheduler": values},
+            REPORT_KEY: {"features": [{"feature": "scheduler", "attached_to": _name_of_base()}]},
+        },
+    )
+    # The CPU platform has switched it off; the scheduler does not care for the platform.
+    scheduler_config.async_scheduling = issubclass(scheduler_class, AsyncScheduler)
+    vllm_config.cache_config.num_gpu_blocks = blocks
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    return scheduler_class(
+        vllm_config=vllm_config,
+        kv_cache_config=KVCacheConfig(
+            num_blocks=blocks,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+        ),
+        structured_output_manager=StructuredOutputManager(vllm_config),
+        block_size=BLOCK,
+        log_stats=True,
+    )
+
+
+def _name_of_base() -> str:
+    return f"{Scheduler.__module__}.{Scheduler.__qualname__}"
+
+
+def request(
+    request_id: str,
+    prompt: Sequence[int] | int = 8,
+    *,
+    max_tokens: int = 4,
+    xargs: Mapping[str, Any] | None = None,
+    priority: int = 0,
+    arrival_s: float = 1000.0,
+    stop: Sequence[int] = (),
+) -> Request:
+    """A request as the engine core makes it; a prompt given as a number is so many tokens."""
+    tokens = list(range(prompt)) if isinstance(prompt, int) else list(prompt)
+    params = SamplingParams(
+        max_tokens=max_tokens, stop_token_ids=list(stop), extra_args=dict(xargs) if xargs else None
+    )
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=tokens,
+        sampling_params=params,
+        pooling_params=None,
+        priority=priority,
+        arrival_time=arrival_s,
+        block_hasher=get_request_block_hasher(BLOCK, sha256),
+    )
+
+
+@dataclass
+class Engine:
+    """Drives a scheduler as ``EngineCore.step`` and ``step_with_batch_queue`` do.
+
+    Attributes:
+        depth: how many steps are in flight at most; 2 under asynchronous scheduling.
+        token_ms: what the device needs for a token, beside 5 ms for each step.
+        streams: the tokens that each request was given.
+        reasons: why each request ended.
+        steps: the tokens of every step, by request.
+    """
+
+    scheduler: Any
+    clock: Clock = field(default_factory=Clock)
+    token_ms: float = 0.5
+    streams: dict[str, list[int]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    steps: list[dict[str, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.depth = 2 if isinstance(self.scheduler, AsyncScheduler) else 1
+        self._worker = Worker(BLOCK)
+        self._in_flight: deque[tuple[Any, Any, float]] = deque()
+        self._device_free_s = 0.0
+
+    def add(self, *requests: Request) -> None:
+        for one in requests:
+            self.streams[one.request_id] = []
+            self.scheduler.add_request(one)
+
+    def abort(self, request_id: str) -> None:
+        self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+        self.reasons.setdefault(request_id, "abort")
+
+    def step(self) -> dict[str, int]:
+        """One turn of the engine's loop; what it scheduled."""
+        scheduled: dict[str, int] = {}
+        if self.scheduler.has_requests():
+            scheduled = self._launch()
+            if len(self._in_flight) < self.depth:
+                return scheduled
+        if self._in_flight:
+            self._finish(*self._in_flight.popleft())
+        return scheduled
+
+    def run(self, most: int = 500) -> None:
+        """Step until nothing is left to do."""
+        for _ in range(most):
+            if not self.scheduler.has_requests() and not self._in_flight:
+                return
+            self.step()
+        raise AssertionError(f"still busy after {most} steps: {self.scheduler.requests}")
+
+    def _launch(self) -> dict[str, int]:
+        output = self.scheduler.schedule()
+        scheduled = dict(output.num_scheduled_tokens)
+        self.steps.append(scheduled)
+        tokens = sum(scheduled.values())
+        took_s = (5.0 + self.token_ms * tokens) / 1e3 if tokens else _EMPTY_STEP_S
+        self._device_free_s = max(self._device_free_s, self.clock.now_s) + took_s
+        self._in_flight.append((output, self._worker.execute(output), self._device_free_s))
+        self.clock.now_s += 0.0001
+        return scheduled
+
+    def _finish(self, output: Any, result: Any, end_s: float) -> None:
+        self.clock.now_s = max(self.clock.now_s, end_s)
+        answers = self.scheduler.update_from_output(output, result)
+        for one in (one for client in answers.values() for one in client.outputs):
+            self.streams[one.request_id] += one.new_token_ids
+            if one.finish_reason is not None:
+                self.reasons[one.request_id] = str(one.finish_reason)
+
+
+def check_kv_books(scheduler: Any) -> None:
+    """Every KV block is free or held, and held exactly as often as requests hold it."""
+    pool = scheduler.kv_cache_manager.block_pool
+    held: Counter[int] = Counter()
+    for request_id in scheduler.requests:
+        ids = scheduler.kv_cache_manager.get_block_ids(request_id)[0]
+        assert len(set(ids)) == len(ids), f"{request_id} holds a block twice: {ids}"
+        held.update(ids)
+    free = {block.block_id for block in pool.free_block_queue.get_all_free_blocks()}
+    real = [block for block in pool.blocks if not block.is_null]
+    assert {b.block_id: b.ref_cnt for b in real} == {b.block_id: held[b.block_id] for b in real}
+    assert free == {block.block_id for block in real if not block.ref_cnt}

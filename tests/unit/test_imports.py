@@ -1,0 +1,44 @@
+"""The framework and the policies import neither torch nor vLLM."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+REPORT = """
+import importlib, sys
+importlib.import_module(sys.argv[1])
+print(*sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "vllm"}))
+"""
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "xllm_plugins.activation",
+        "xllm_plugins.cli",
+        "xllm_plugins.compat.scheduler_levers",
+        "xllm_plugins.hookspecs",
+        "xllm_plugins.latency",
+        "xllm_plugins.metrics",
+        "xllm_plugins.vllm_entry",
+        "xllm_scheduler.classes",
+        "xllm_scheduler.config",
+        "xllm_scheduler.engine.policy",
+        "xllm_scheduler.engine.steps",
+        "xllm_scheduler.plugin",
+    ],
+)
+def test_it_imports_without_torch_and_vllm(module: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", REPORT, module], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == []
+
+
+def test_loading_every_plugin_imports_neither() -> None:
+    script = REPORT + "\nfrom xllm_plugins.manager import registry; registry().sections()"
+    script += "\nassert not {'torch', 'vllm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script, "xllm_plugins.manager"], check=True)

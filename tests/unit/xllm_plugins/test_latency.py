@@ -1,0 +1,176 @@
+"""The step-time model: its formula, its inverse, and what it learns from measured steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from xllm_plugins.latency import StepShape, StepTime, StepTimeModel
+
+# About a 1.5B model on a few CPU cores.
+TRUE = StepTime(base=4.0, token=0.02, square=1e-6, cross=2e-6, decode=0.1, context=1e-5, ready=True)
+CHUNKS = st.lists(st.tuples(st.integers(0, 4096), st.integers(0, 32768)), max_size=20)
+COEFFICIENT = st.one_of(st.just(0.0), st.floats(1e-15, 10.0))
+
+
+def shape_of(*chunks: tuple[int, int]) -> StepShape:
+    shape = StepShape()
+    for new_tokens, context_tokens in chunks:
+        shape = shape.with_chunk(new_tokens, context_tokens)
+    return shape
+
+
+def steps(count: int, seed: int = 0) -> Iterator[StepShape]:
+    """Mixed steps: up to two prefill chunks and 1 to 39 decodes."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        prefills = [(int(rng.integers(16, 1024)), int(rng.integers(0, 4096)))] * rng.integers(0, 3)
+        decodes = [(1, int(rng.integers(1, 4096))) for _ in range(rng.integers(1, 40))]
+        yield shape_of(*prefills, *decodes)
+
+
+def learned(measured: Sequence[tuple[StepShape, float]]) -> StepTimeModel:
+    model = StepTimeModel()
+    for shape, took_ms in measured:
+        model.observe(shape, took_ms)
+    return model
+
+
+def worst_error(time: StepTime, true: StepTime = TRUE, scale: float = 1.0) -> float:
+    """The worst relative error over steps that were not learned from."""
+    return max(abs(time.step_ms(s) / (scale * true.step_ms(s)) - 1.0) for s in steps(200, seed=99))
+
+
+def test_a_shape_sums_prefill_and_decode_terms() -> None:
+    shape = shape_of((100, 1000), (50, 0), (1, 300), (1, 500), (0, 900))
+    assert shape.prefill_tokens == 100 + 50
+    assert shape.prefill_squares == 100 * 100 + 50 * 50
+    assert shape.prefill_cross == 100 * 1000
+    assert (shape.decodes, shape.decode_context) == (2, 300 + 500)
+    assert shape.terms().tolist() == [1, 150, 12500, 100000, 2, 800]
+    assert not shape.is_empty
+    assert shape_of((0, 900)).is_empty
+
+
+@given(CHUNKS, CHUNKS)
+def test_a_shape_does_not_depend_on_the_order_of_its_chunks(
+    first: list[tuple[int, int]], second: list[tuple[int, int]]
+) -> None:
+    assert shape_of(*first, *second) == shape_of(*second, *first)
+
+
+@given(CHUNKS, st.integers(0, 4096), st.integers(0, 32768))
+def test_added_time_is_the_difference_that_a_chunk_makes(
+    chunks: list[tuple[int, int]], new_tokens: int, context_tokens: int
+) -> None:
+    before = shape_of(*chunks)
+    added = TRUE.step_ms(before.with_chunk(new_tokens, context_tokens)) - TRUE.step_ms(before)
+    assert TRUE.added_ms(new_tokens, context_tokens) == pytest.approx(added, rel=1e-6, abs=1e-6)
+
+
+@given(COEFFICIENT, COEFFICIENT, COEFFICIENT, st.integers(2, 8192), st.integers(0, 32768))
+def test_tokens_within_a_time_inverts_the_time_of_a_chunk(
+    token: float, square: float, cross: float, new_tokens: int, context_tokens: int
+) -> None:
+    time = StepTime(token=token, square=square, cross=cross)
+    took_ms = time.added_ms(new_tokens, context_tokens)
+    assume(took_ms > 0.0)
+    fitting = time.prefill_tokens_within(took_ms, context_tokens)
+    assert fitting == pytest.approx(new_tokens, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("time", "budget_ms", "tokens"),
+    [
+        (TRUE, 0.0, 0.0),
+        (TRUE, -5.0, 0.0),
+        (StepTime(token=0.5), 10.0, 20.0),
+        (StepTime(square=0.1), 10.0, 10.0),
+        (StepTime(base=4.0, decode=1.0), 10.0, math.inf),
+        (TRUE, math.inf, math.inf),
+        (StepTime(), math.inf, math.inf),
+    ],
+)
+def test_tokens_within_a_time_at_the_edges(time: StepTime, budget_ms: float, tokens: float) -> None:
+    assert time.prefill_tokens_within(budget_ms, 0) == pytest.approx(tokens)
+
+
+def test_it_is_not_ready_before_it_has_seen_eight_steps() -> None:
+    model = StepTimeModel()
+    readiness = []
+    for shape in steps(9):
+        readiness.append(model.current.ready)
+        model.observe(shape, TRUE.step_ms(shape))
+    assert readiness == [False] * 8 + [True]
+    assert model.steps == 9
+
+
+@pytest.mark.parametrize("measured_ms", [0.0, -1.0, math.nan])
+def test_a_time_that_cannot_be_is_refused(measured_ms: float) -> None:
+    with pytest.raises(ValueError, match="allowed is a number above 0"):
+        StepTimeModel().observe(shape_of((1, 10)), measured_ms)
+
+
+def test_it_recovers_the_coefficients_of_exact_steps() -> None:
+    found = learned([(s, TRUE.step_ms(s)) for s in steps(400)]).current
+    assert astuple(found)[:6] == pytest.approx(astuple(TRUE)[:6], rel=0.05)
+    assert worst_error(found) < 0.001
+    assert found.error < 0.01
+
+
+def test_it_predicts_through_noise_and_knows_its_error() -> None:
+    rng = np.random.default_rng(1)
+    noisy = [(s, TRUE.step_ms(s) * float(np.exp(rng.normal(0.0, 0.05)))) for s in steps(400)]
+    found = learned(noisy).current
+    assert worst_error(found) < 0.05
+    assert found.error == pytest.approx(0.05 * math.sqrt(2 / math.pi), rel=0.5)
+
+
+@pytest.mark.parametrize("factor", [20.0, 0.05])
+def test_a_rare_step_that_was_measured_wrongly_hardly_moves_it(factor: float) -> None:
+    measured = [
+        (s, TRUE.step_ms(s) * (factor if i % 20 == 19 else 1.0)) for i, s in enumerate(steps(400))
+    ]
+    assert worst_error(learned(measured).current) < 0.02
+
+
+def test_a_step_that_looks_instant_after_one_seen_too_late_hardly_moves_it() -> None:
+    # With two steps in flight a stalled host sees the first end late and the second at once.
+    measured = [(s, TRUE.step_ms(s)) for s in steps(400)]
+    for late in range(48, 400, 50):
+        shape, took_ms = measured[late]
+        measured[late] = (shape, took_ms + 300.0)
+        measured[late + 1] = (measured[late + 1][0], 0.1)
+    assert worst_error(learned(measured).current) < 0.05
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_it_follows_an_engine_that_changes_its_speed(scale: float) -> None:
+    before = [(s, TRUE.step_ms(s)) for s in steps(400)]
+    after = [(s, scale * TRUE.step_ms(s)) for s in steps(800, seed=1)]
+    assert worst_error(learned([*before, *after]).current, scale=scale) < 0.1
+
+
+@given(st.lists(st.floats(0.01, 1000.0), min_size=12, max_size=40), st.integers(0, 100))
+def test_coefficients_are_never_negative_whatever_is_measured(
+    times_ms: list[float], seed: int
+) -> None:
+    found = learned(list(zip(steps(len(times_ms), seed), times_ms, strict=True))).current
+    assert min(astuple(found)[:6]) >= 0.0
+    assert 0.0 <= found.error <= 1.0
+
+
+def test_golden_the_quadratic_of_xllms_time_predictor() -> None:
+    # xLLM's own test fits y = 0.5 x^2 + 10 x to these points and expects 150 for x = 10.
+    points = [(2, 22.0), (4, 48.0), (6, 78.0), (8, 112.0)]
+    found = learned([(shape_of((x, 0)), y) for x, y in points] * 25).current
+    assert found.token == pytest.approx(10.0, rel=1e-3)
+    assert found.square == pytest.approx(0.5, rel=1e-3)
+    assert found.base == pytest.approx(0.0, abs=0.01)
+    assert found.step_ms(shape_of((10, 0))) == pytest.approx(150.0, rel=1e-3)
