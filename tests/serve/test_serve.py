@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from urllib.request import urlopen
 
 import openai
@@ -138,7 +139,7 @@ def test_answers_are_those_of_vllm_alone_also_under_mixed_load(
     offline = {"vllm_xargs": {"xllm_class": "offline"}}
     with ThreadPoolExecutor(8) as pool:
         background = [
-            pool.submit(server.ask, f"Tell a long story about number {i}.", 48, **offline)
+            pool.submit(partial(server.ask, f"Tell a long story about number {i}.", 48, **offline))
             for i in range(6)
         ]
         again = texts(server, PROMPTS)
