@@ -27,7 +27,7 @@ from xllm_plugins.config import (
     source_from_environment,
     source_from_text,
 )
-from xllm_plugins.errors import ConfigError, FeatureError, NotAvailableError, XllmError
+from xllm_plugins.errors import ConfigError, FeatureError, NotAvailableError
 from xllm_plugins.features import (
     Attachment,
     Decision,
@@ -169,15 +169,15 @@ def decide(
     if reason:
         return Decision(feature.name, section.mode.value, False, reason)
     attached_to = ""
-    feature.check(section)
     try:
+        feature.check(section)
         broken = [r for r in map(inspect_seam, feature.seams) if not r.holds]
         if broken:
             raise NotAvailableError(f"seam {broken[0].seam} does not hold: {broken[0].reason}")
         attached_to = feature.attach(attachment)
     except NotAvailableError as error:
         reason = str(error)
-    except XllmError:
+    except ConfigError:
         raise
     except Exception as error:
         reason = f"it failed to attach: {type(error).__name__}: {error}"

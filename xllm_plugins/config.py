@@ -170,12 +170,11 @@ def source_from_environment(
 
 
 def _scalar(text: str) -> Any:
+    """A number, true or false where the text is one, else the text itself."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        return json.loads(text)
+    except json.JSONDecodeError:
         return text
-    # YAML 1.1 reads on and off as booleans, but here they are two of the modes.
-    return text if isinstance(value, bool) and text.lower() in ("on", "off") else value
 
 
 def _checked(cls: type[Section], path: str, value: Any, origin: str) -> Any:

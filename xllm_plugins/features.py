@@ -109,7 +109,7 @@ def parse_selection(text: str, known: Iterable[str]) -> Selection:
             wanted.update(names)
             continue
         target = dropped if token.startswith("-") else wanted
-        family, _, name = token.lstrip("-").partition(".")
+        family, _, name = token.removeprefix("-").partition(".")
         if family != FAMILY or name not in names:
             raise ConfigError(_unknown_token(token, names))
         target.add(name)

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 TERMS = 6
 _FORGET = 0.995  # weight of a step after one more step: a memory of about 200 steps
+_FORGET_WRONG = 0.97  # the same while predictions are far off: the machine has changed
+_WRONG = 0.25  # a mean error that is far off
 _ERROR_DECAY = 0.95
 _WARM_STEPS = 8
 _REFIT_EVERY = 4
@@ -161,12 +163,15 @@ class StepTimeModel:
             scale_ms = max(measured_ms, predicted_ms)
             residual = abs(predicted_ms - measured_ms) / scale_ms
             bound = _HUBER * max(self._error, _ERROR_FLOOR)
-            weight = min(1.0, bound / residual) if residual > 0.0 else 1.0
+            if residual > bound and self._error < _WRONG:
+                weight = bound / residual
             self._error += (1.0 - _ERROR_DECAY) * (residual - self._error)
         # Dividing by its time makes the least squares relative: short steps count too.
         scaled = terms / scale_ms
-        self._gram = _FORGET * self._gram + weight * np.outer(scaled, scaled)
-        self._moment = _FORGET * self._moment + weight * scaled * (measured_ms / scale_ms)
+        wrong = self.current.ready and self._error >= _WRONG
+        forget = _FORGET_WRONG if wrong else _FORGET
+        self._gram = forget * self._gram + weight * np.outer(scaled, scaled)
+        self._moment = forget * self._moment + weight * scaled * (measured_ms / scale_ms)
         self._steps += 1
         if self._steps >= _WARM_STEPS and self._steps % _REFIT_EVERY == 0:
             self._refit()

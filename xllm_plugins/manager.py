@@ -33,12 +33,21 @@ class Registry:
     failed: dict[str, str] = field(default_factory=dict)
 
     def features(self) -> dict[str, Feature]:
-        """All features by name, in the order in which plugins were loaded."""
+        """All features by name, in the order in which plugins were loaded.
+
+        Raises:
+            ConfigError: two of them, or two of their metrics, have the same name.
+        """
         found: dict[str, Feature] = {}
+        metrics: set[str] = set()
         for feature in _flat(self.hooks.hook.xllm_features()):
             if feature.name in found:
                 raise ConfigError(f"Two plugins bring a feature named {feature.name!r}.")
             found[feature.name] = feature
+            for metric in feature.metrics:
+                if metric.name in metrics:
+                    raise ConfigError(f"Two features bring a metric named {metric.name!r}.")
+                metrics.add(metric.name)
         return found
 
     def sections(self) -> dict[str, type[Section]]:
@@ -86,6 +95,8 @@ def _add(hooks: pluggy.PluginManager, entry: EntryPoint) -> None:
     try:
         hooks.register(entry.load(), name=entry.name)
         hooks.check_pending()
+        # Asked once here, so that a plugin whose hook fails is off, and not everything else.
+        list(getattr(hooks.get_plugin(entry.name), "xllm_features", list)())
     except Exception:
         hooks.unregister(name=entry.name)
         raise

@@ -14,7 +14,7 @@ CLASS_KEY = "xllm_class"
 TTFT_KEY = "xllm_ttft_ms"
 TPOT_KEY = "xllm_tpot_ms"
 FLEX, PRIORITY, DEFAULT = "flex", "priority", "default"
-_TIERS = ("auto", DEFAULT, FLEX, PRIORITY)
+_TIERS = ("auto", DEFAULT, FLEX, PRIORITY, "scale")
 
 
 class ServiceClass(str, Enum):

@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from urllib.request import urlopen
 
 import openai
@@ -137,11 +136,12 @@ def test_answers_are_those_of_vllm_alone_also_under_mixed_load(
     expected, _ = plain_answers
     assert texts(server, PROMPTS) == expected
     offline = {"vllm_xargs": {"xllm_class": "offline"}}
+
+    def tell(number: int) -> str:
+        return server.ask(f"Tell a long story about number {number}.", 48, **offline)
+
     with ThreadPoolExecutor(8) as pool:
-        background = [
-            pool.submit(partial(server.ask, f"Tell a long story about number {i}.", 48, **offline))
-            for i in range(6)
-        ]
+        background = [pool.submit(tell, number) for number in range(6)]
         again = texts(server, PROMPTS)
         mixed = texts(server, PROMPTS, **offline)
         assert all(task.result() for task in background)

@@ -130,7 +130,9 @@ class _Step:
 
     def force(self, request: RequestView) -> None:
         """Add a request whatever it costs: the least chunk, or all where it may not be cut."""
-        self.add(request, _least_tokens(request))
+        tokens = _least_tokens(request)
+        if request.splittable or tokens <= self.tokens_left:
+            self.add(request, tokens)
 
     def fits(self, request: RequestView, target_ms: float) -> bool:
         added = self.time.added_ms(request.new_tokens, request.context_tokens)
@@ -138,6 +140,8 @@ class _Step:
 
     def room(self, request: RequestView, target_ms: float) -> int:
         """How many tokens of a prefill fit; a small rest of it or at least a minimal chunk."""
+        if request.new_tokens == 1:
+            return int(self.fits(request, target_ms))
         spare_ms = target_ms - self.ms()
         fitting = self.time.prefill_tokens_within(spare_ms, request.context_tokens)
         tokens = int(min(fitting, self.tokens_left, request.new_tokens))
@@ -175,10 +179,13 @@ class ElasticPolicy(StepPolicy):
             return StepPlan(view.max_tokens)
         first = [*offline, *queued][0]
         step = _Step(view.step_time, view.max_tokens)
+        for request in online:
+            if request.decoding:
+                step.add(request, request.new_tokens)
         overdue = bool(online) and self._held_too_long(view.start_s)
         if overdue:
             step.force(first)
-        target_ms = self._add_online(step, view, online)
+        target_ms = self._add_online_prefills(step, view, online)
         if overdue:
             pace_ms = self._section.online_share * min(r.tpot_ms for r in online)
             target_ms = max(target_ms, step.ms() + pace_ms)
@@ -212,8 +219,8 @@ class ElasticPolicy(StepPolicy):
         since_s = self._holding_since_s
         return since_s is not None and (now_s - since_s) * 1e3 >= self._section.offline_hold_ms
 
-    def _add_online(self, step: _Step, view: StepView, online: list[RequestView]) -> float:
-        """Put the online work into the step; return how long offline work may make it, in ms."""
+    def _add_online_prefills(self, step: _Step, view: StepView, online: list[RequestView]) -> float:
+        """Add them, most urgent first; return how long offline work may make the step, in ms."""
         if not online:
             return self._section.idle_step_share * self._section.ttft_ms
         margin = 1.0 - min(_MAX_MARGIN, max(_MIN_MARGIN, view.step_time.error))
@@ -222,15 +229,14 @@ class ElasticPolicy(StepPolicy):
             return (request.due_s - view.start_s) * 1e3 * margin
 
         decodes = [r for r in online if r.decoding]
-        for request in decodes:
-            step.add(request, request.new_tokens)
         saved_ms = min(map(slack_ms, decodes), default=math.inf)
         pace_ms = self._section.online_share * min((r.tpot_ms for r in decodes), default=math.inf)
         reserve_ms = min(
             view.step_time.added_ms(int(view.online_prompt_tokens), 0), _MAX_RESERVE * pace_ms
         )
         target_ms = min(saved_ms - reserve_ms, pace_ms)
-        prefills = sorted((r for r in online if not r.decoding), key=lambda r: r.due_s)
+        prefills = [r for r in online if not r.decoding and r.new_tokens]
+        prefills.sort(key=lambda r: r.due_s)
         for index, request in enumerate(prefills):
             tokens = step.room(request, max(saved_ms, pace_ms))
             if index == 0:

@@ -14,8 +14,8 @@ from vllm.v1.request import Request
 class ClassQueue(RequestQueue):  # type: ignore[misc]
     """vLLM's own queues as lanes, so that each keeps its order (arrival or priority).
 
-    While ``offline_open`` is False the offline lane can still be filled and counted, but the queue
-    neither shows nor gives out its requests.
+    While ``offline_open`` is False the offline lane can still be filled, counted and emptied of
+    aborted requests, but the queue is false without online ones and gives out no other.
     """
 
     def __init__(self, new_lane: Callable[[], Any], is_online: Callable[[Request], bool]) -> None:

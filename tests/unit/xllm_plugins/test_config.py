@@ -244,7 +244,7 @@ def test_an_environment_variable_sets_one_key(
             "1",
             "oven.heet from environment is not a setting; the nearest is oven.heat.",
         ),
-        ("XLLM_OVEN_HEAT", "", f"oven.heat from environment is None; allowed is {HEAT}."),
+        ("XLLM_OVEN_HEAT", "", f"oven.heat from environment is ''; allowed is {HEAT}."),
         ("XLLM_OVEN_TRAYS", "many", f"oven.trays from environment is 'many'; allowed is {TRAYS}."),
         ("XLLM_OVEN_FAN", "[", "oven.fan from environment is '['; allowed is true or false."),
     ],

@@ -59,6 +59,7 @@ def test_a_selection_that_switches_nothing_on_is_refused(text: str) -> None:
         ("xllm.", "xllm.", "xllm"),
         ("-xllm", "-xllm", "xllm"),
         ("XLLM.kv", "XLLM.kv", "xllm.kv"),
+        ("--xllm.kv", "--xllm.kv", "-xllm.kv"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest_one(

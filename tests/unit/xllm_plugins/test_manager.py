@@ -35,6 +35,11 @@ from xllm_plugins.hookspecs import hookimpl
 @hookimpl
 def xllm_commands(parser): ...
 """
+BAD_FEATURES = """
+from xllm_plugins.hookspecs import hookimpl
+@hookimpl
+def xllm_features(): raise RuntimeError("no feature today")
+"""
 BAD_HOOK = """
 from xllm_plugins.hookspecs import hookimpl
 @hookimpl
@@ -49,6 +54,7 @@ def xllm_featuers(): return []
         ("raise RuntimeError('no NPU')", "RuntimeError: no NPU"),
         ("def f(:", "SyntaxError: invalid syntax"),
         (BAD_ARGUMENT, "PluginValidationError: Plugin 'bad' for hook 'xllm_commands'"),
+        (BAD_FEATURES, "RuntimeError: no feature today"),
         (BAD_HOOK, "PluginValidationError: unknown hook 'xllm_featuers' in plugin"),
     ],
 )

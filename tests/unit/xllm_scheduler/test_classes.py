@@ -68,6 +68,7 @@ PRIORITY_SLOS = {"xllm_ttft_ms": 1000.0, "xllm_tpot_ms": 50.0}
         (None, {"xllm_class": "offline"}, {"xllm_class": "offline"}, None),
         ("auto", {}, {}, "default"),
         ("default", {}, {}, "default"),
+        ("scale", {}, {}, "default"),
         ("flex", {}, {"xllm_class": "offline"}, "flex"),
         ("priority", {}, {"xllm_class": "online"} | PRIORITY_SLOS, "priority"),
         # What the request says of itself wins over its tier.
@@ -93,7 +94,7 @@ def test_a_tier_that_is_none_is_refused(tier: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         complete_xargs({}, tier, SECTION)
     assert str(caught.value) == (
-        f"service_tier is {tier!r}; allowed is auto, default, flex, priority."
+        f"service_tier is {tier!r}; allowed is auto, default, flex, priority, scale."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -265,3 +266,19 @@ def test_a_hold_ends_whatever_holds_it(requests: list[RequestView]) -> None:
     policy = ElasticPolicy(SECTION)
     assert held_for(policy, 0, *requests)
     assert not held_for(policy, 2000, *requests)
+
+
+def test_a_hold_never_ends_at_the_cost_of_an_online_decode() -> None:
+    policy = ElasticPolicy(SECTION)
+    requests = [online("on", -1), offline("off", prefill=4096, splittable=False)]
+    for at_ms in (0, 2000):
+        found = policy.plan(view_of(*requests, now_s=NOW_S + at_ms / 1e3))
+        assert "on" not in found.chunk_tokens
+        assert found.max_tokens >= 1
+
+
+def test_an_online_prompt_that_has_nothing_to_compute_now_stops_no_offline_work() -> None:
+    idle = replace(online("on", 1000, prefill=10), new_tokens=0)
+    found = plan(idle, offline("a"), offline("b", prefill=500))
+    assert found.held == frozenset()
+    assert found.max_tokens > 1
