@@ -46,6 +46,8 @@ logger = logging.getLogger("vllm.xllm_plugins")
 SETTINGS_KEY = "xllm"
 REPORT_KEY = "xllm_report"
 _ENDPOINTS = "vllm.endpoint_plugins"
+# vLLM loads it unasked but lets it download adapters only where an operator's list names it.
+_BY_NAME_ONLY = frozenset({"lora_hf_hub_resolver"})
 
 
 def choose_plugins(text: str) -> None:
@@ -76,8 +78,8 @@ def allow_list(current: str | None) -> str:
     """``VLLM_PLUGINS`` with our endpoint plugin on it and nobody else hidden.
 
     vLLM reads one list of names for all of its plugin groups, and loads endpoint plugins only when
-    the list names them. Unset, it becomes every installed name, those of other people's endpoint
-    plugins aside; set, ours is appended.
+    the list names them. Unset, it becomes every installed name, aside from other people's endpoint
+    plugins and what being named would switch on; set, ours is appended.
     """
     if current is not None:
         names = [name.strip() for name in current.split(",") if name.strip()]
@@ -86,7 +88,9 @@ def allow_list(current: str | None) -> str:
             entry.name
             for distribution in distributions()
             for entry in distribution.entry_points
-            if entry.group.startswith("vllm.") and entry.group != _ENDPOINTS
+            if entry.group.startswith("vllm.")
+            and entry.group != _ENDPOINTS
+            and entry.name not in _BY_NAME_ONLY
         )
     return ",".join(dict.fromkeys([*names, ENTRY_POINT]))
 

@@ -14,7 +14,7 @@ CLASS_KEY = "xllm_class"
 TTFT_KEY = "xllm_ttft_ms"
 TPOT_KEY = "xllm_tpot_ms"
 FLEX, PRIORITY, DEFAULT = "flex", "priority", "default"
-_TIERS = ("auto", DEFAULT, FLEX, PRIORITY, "scale")
+_TIERS = ("auto", DEFAULT, FLEX, PRIORITY, "scale", "standard_only")  # the last is Anthropic's
 
 
 class ServiceClass(str, Enum):

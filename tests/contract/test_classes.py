@@ -13,6 +13,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from tests.contract.engine import Clock, Engine, build, request
 from tests.contract.worker import completion
+from xllm_plugins.compat import request_class
 from xllm_plugins.config import Mode
 from xllm_plugins.errors import NotAvailableError
 from xllm_plugins.features import Attachment
@@ -122,11 +123,11 @@ def test_when_kv_runs_out_an_offline_request_loses_it_first(
 
 
 @BOTH
-def test_held_steps_are_counted(
-    base: type, monkeypatch: pytest.MonkeyPatch, clock: Clock
-) -> None:
+def test_held_steps_are_counted(base: type, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     def hold_b(self: ElasticPolicy, view: StepView) -> StepPlan:
-        return StepPlan(view.max_tokens, held=frozenset({"b"}) if len(view.running) > 1 else frozenset())
+        return StepPlan(
+            view.max_tokens, held=frozenset({"b"}) if len(view.running) > 1 else frozenset()
+        )
 
     monkeypatch.setattr(ElasticPolicy, "plan", hold_b)
     engine = Engine(build(elastic_class(base)), clock)
@@ -187,7 +188,7 @@ def _attachment(own: Any = None, mode: Mode = Mode.AUTO, runner: str = "generate
         scheduler_cls=own, get_scheduler_cls=lambda: own or Scheduler
     )
     return Attachment(
-        engine_args=SimpleNamespace(scheduler_cls=own),  # type: ignore[arg-type]
+        engine_args=SimpleNamespace(scheduler_cls=own),
         vllm_config=SimpleNamespace(
             model_config=SimpleNamespace(runner_type=runner), scheduler_config=scheduler_config
         ),
@@ -225,12 +226,15 @@ def test_it_stands_back_and_says_why(attachment: Any, reason: str) -> None:
 
 @pytest.mark.parametrize(
     ("attachment", "base"),
-    [(_attachment(), Scheduler), (_attachment(mode=Mode.ON), Scheduler)]
-    + [(_attachment(own=Own, mode=Mode.ON), Own)],
+    [
+        (_attachment(), Scheduler),
+        (_attachment(mode=Mode.ON), Scheduler),
+        (_attachment(own=Own, mode=Mode.ON), Own),
+    ],
 )
 def test_it_goes_over_the_class_that_vllm_would_have_used(
     attachment: Any, base: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugin.request_class, "install", lambda complete: None)
+    monkeypatch.setattr(request_class, "install", lambda complete: None)
     assert plugin.attach(attachment) == f"{base.__module__}.{base.__qualname__}"
     assert attachment.vllm_config.scheduler_config.scheduler_cls == plugin.SCHEDULER

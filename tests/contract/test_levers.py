@@ -1,4 +1,4 @@
-"""Each lever by which a step is shaped works on vLLM's own scheduler classes, and leaves no trace."""
+"""Each lever that shapes a step works on vLLM's own scheduler classes and leaves no trace."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from xllm_plugins.features import Policy
 from xllm_plugins.hookspecs import hookimpl
 from xllm_plugins.manager import registry
 from xllm_scheduler.engine.policy import StepPlan, StepPolicy, StepView
-from xllm_scheduler.engine.scheduler import POLICY_KIND, elastic_class
+from xllm_scheduler.engine.scheduler import elastic_class
+from xllm_scheduler.plugin import POLICY_KIND
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_model")]
 
@@ -149,7 +150,9 @@ def test_the_policy_sees_the_requests_as_vllm_will_schedule_them(
     base: type, script: Scripted, clock: Clock
 ) -> None:
     engine = _engine(base, clock, budget=16)
-    engine.add(request("a", [1] * 20, max_tokens=9, xargs=OFFLINE), request("b", [2] * 4, max_tokens=9))
+    engine.add(
+        request("a", [1] * 20, max_tokens=9, xargs=OFFLINE), request("b", [2] * 4, max_tokens=9)
+    )
     for _ in range(6):
         scheduled = engine.step()
         assert script.view is not None

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
@@ -178,3 +179,22 @@ def test_an_online_request_that_cannot_be_admitted_holds_up_nothing(
     engine.run(most=300)
     assert engine.streams["offline"] == completion([1] * 50, 40)
     assert engine.streams["online"] == completion([2] * 60, 9)
+
+
+@BOTH
+def test_what_vllm_does_to_requests_between_steps_still_works(base: type, clock: Clock) -> None:
+    engine = Engine(build(elastic_class(base), budget=32), clock)
+    for index in range(4):
+        kind = "offline" if index % 2 else "online"
+        engine.add(request(f"r{index}", [index] * 20, max_tokens=9, xargs={"xllm_class": kind}))
+    for _ in range(4):
+        engine.step()
+    engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    engine.step()
+    engine.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    assert engine.step() == {}
+    engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+    engine.run()
+    check_kv_books(engine.scheduler)
+    for index in range(4):
+        assert engine.streams[f"r{index}"] == completion([index] * 20, 9)

@@ -138,7 +138,7 @@ def test_answers_are_those_of_vllm_alone_also_under_mixed_load(
     offline = {"vllm_xargs": {"xllm_class": "offline"}}
 
     def tell(number: int) -> str:
-        return server.ask(f"Tell a long story about number {number}.", 48, **offline)
+        return server.ask(f"Tell a long story about number {number}.", max_tokens=48, **offline)
 
     with ThreadPoolExecutor(8) as pool:
         background = [pool.submit(tell, number) for number in range(6)]

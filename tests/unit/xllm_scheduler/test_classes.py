@@ -69,6 +69,7 @@ PRIORITY_SLOS = {"xllm_ttft_ms": 1000.0, "xllm_tpot_ms": 50.0}
         ("auto", {}, {}, "default"),
         ("default", {}, {}, "default"),
         ("scale", {}, {}, "default"),
+        ("standard_only", {}, {}, "default"),
         ("flex", {}, {"xllm_class": "offline"}, "flex"),
         ("priority", {}, {"xllm_class": "online"} | PRIORITY_SLOS, "priority"),
         # What the request says of itself wins over its tier.
@@ -94,7 +95,7 @@ def test_a_tier_that_is_none_is_refused(tier: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         complete_xargs({}, tier, SECTION)
     assert str(caught.value) == (
-        f"service_tier is {tier!r}; allowed is auto, default, flex, priority, scale."
+        f"service_tier is {tier!r}; allowed is auto, default, flex, priority, scale, standard_only."
     )
 
 
