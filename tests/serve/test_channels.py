@@ -26,7 +26,7 @@ if __name__ == "__main__":
     config = llm.llm_engine.vllm_config
     params = SamplingParams(max_tokens=8, temperature=0, extra_args={"xllm_class": "offline"})
     (output,) = llm.generate(["The capital of France is"], params)
-    print(json.dumps([config.scheduler_config.scheduler_cls, output.outputs[0].text]))
+    print("RESULT", json.dumps([config.scheduler_config.scheduler_cls, output.outputs[0].text]))
 """
 
 
@@ -72,7 +72,8 @@ def test_llm_uses_the_plugins_that_the_environment_names(model: Path, tmp_path: 
         capture_output=True,
         text=True,
     )
-    scheduler, text = json.loads(ran.stdout.splitlines()[-1])
+    (result,) = (line for line in ran.stdout.splitlines() if line.startswith("RESULT "))
+    scheduler, text = json.loads(result.removeprefix("RESULT "))
     assert scheduler == "xllm_scheduler.engine.scheduler.elastic_scheduler"
     assert "Paris" in text
 
