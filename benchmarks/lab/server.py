@@ -154,8 +154,12 @@ def preloads() -> list[str]:
     """Libraries to preload: the caller's own, then tcmalloc and Intel's OpenMP where found."""
     tcmalloc = ctypes.util.find_library("tcmalloc_minimal")
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
-    found = [*os.environ.get("LD_PRELOAD", "").split(), tcmalloc, openmp.exists() and str(openmp)]
-    return [library for library in found if library]
+    own = os.environ.get("LD_PRELOAD", "").split()
+    if openmp.exists():
+        # vLLM refuses two OpenMP runtimes, and adds GNU's to a process that has imported it.
+        own = [library for library in own if "libgomp" not in library]
+    found = [*own, tcmalloc, openmp.exists() and str(openmp)]
+    return list(dict.fromkeys(library for library in found if library))
 
 
 def free_port(preferred: int = 0) -> int:
