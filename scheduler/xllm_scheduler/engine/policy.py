@@ -242,6 +242,8 @@ class ElasticPolicy(StepPolicy):
             if index == 0:
                 tokens = max(tokens, _least_tokens(request))
             tokens = min(tokens, step.tokens_left)
+            if not request.splittable and tokens < request.new_tokens:
+                tokens = 0
             rest = request.new_tokens - tokens
             steps = 1.0 + (rest / tokens if tokens else math.inf)
             # Every further step that the prefill needs is as long as this one.
