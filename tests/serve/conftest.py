@@ -36,7 +36,7 @@ def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
     ) -> AbstractContextManager[Server]:
         log = tmp_path_factory.mktemp("serve") / "log"
         print(f"starting vllm serve {' '.join(args)}", file=sys.stderr)
-        # The contract tests have made vLLM quiet in this process, whose environment servers inherit.
+        # Contract tests make vLLM quiet in this process, whose environment servers inherit.
         loud = {"VLLM_LOGGING_LEVEL": "INFO", **(env or {})}
         return serve(model, args=[*SERVER_ARGS, *args], env=loud, log_path=log)
 
