@@ -53,8 +53,13 @@ def option(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> Any:
-    """A field of a section: its default, one line of documentation and its bounds."""
+    """A field of a section: its default, one line of documentation and its bounds.
+
+    Its type is an enum, a number, a text, a boolean, or ``Mapping[str, Literal[...]]``.
+    """
     limits = Limits(doc, above, at_least, at_most)
+    if isinstance(default, Mapping):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata={"limits": limits})
     return dataclasses.field(default=default, metadata={"limits": limits})
 
 
@@ -185,7 +190,12 @@ def _checked(cls: type[Section], path: str, value: Any, origin: str) -> Any:
         raise ConfigError(_unknown(path, origin, known, "setting"))
     kind = typing.get_type_hints(cls)[key]
     limits: Limits = fields[key].metadata["limits"]
-    if issubclass(kind, Enum):
+    if names := _mapped_to(kind):
+        if isinstance(value, Mapping) and all(
+            isinstance(name, str) and wanted in names for name, wanted in value.items()
+        ):
+            return dict(value)
+    elif issubclass(kind, Enum):
         # YAML 1.1 reads an unquoted on or off as a boolean.
         wanted = {True: "on", False: "off"}.get(value, value) if type(value) is bool else value
         if wanted in [member.value for member in kind]:
@@ -208,8 +218,15 @@ def _within(value: float, limits: Limits) -> bool:
     )
 
 
+def _mapped_to(kind: Any) -> tuple[str, ...]:
+    """The values that a ``Mapping[str, Literal[...]]`` may have; none for any other type."""
+    return typing.get_args(typing.get_args(kind)[1]) if typing.get_args(kind) else ()
+
+
 def allowed(kind: type, limits: Limits) -> str:
     """What a setting accepts, in words."""
+    if names := _mapped_to(kind):
+        return f"a mapping of names to {' or '.join(names)}"
     if issubclass(kind, Enum):
         return ", ".join(member.value for member in kind)
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]

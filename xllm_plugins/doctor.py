@@ -139,9 +139,11 @@ def as_text(findings: Findings) -> str:
     if findings.decisions:
         parts.append(("features", table(findings.decisions).splitlines()))
     width = max((len(path) for path in findings.settings), default=0)
+    shown = {path: str(value) or '""' for path, (value, _) in findings.settings.items()}
+    column = max(map(len, shown.values()), default=0)
     values = [
-        f"{path:<{width}}  {value!s:<10} {origin}"
-        for path, (value, origin) in findings.settings.items()
+        f"{path:<{width}}  {shown[path]:<{column}}  {origin}"
+        for path, (_, origin) in findings.settings.items()
     ]
     if values:
         parts.append(("settings", values))

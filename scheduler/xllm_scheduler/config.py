@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from xllm_plugins.config import Section, option
+
+ClassName = Literal["online", "offline"]
 
 
 @dataclass(frozen=True)
@@ -20,19 +24,40 @@ class SchedulerSection(Section):
     priority_tier_factor: float = option(
         0.5, "service_tier priority multiplies the default SLOs by this", above=0.0, at_most=1.0
     )
+    objectives: Mapping[str, ClassName] = option(
+        {}, "class by the name in the inference objective header; other names are online"
+    )
     online_share: float = option(
         0.9,
-        "share of the TPOT SLO that a step with offline work may take; the rest is margin",
+        "share of the TPOT SLO that a step with offline work may take while the margin builds up",
         above=0.0,
         at_most=1.0,
     )
+    margin_steps: float = option(
+        0.4,
+        "how long before an online token is due a step with offline work shall end, in TPOT SLOs; "
+        "more while the latency model errs",
+        at_least=0.0,
+        at_most=2.0,
+    )
     idle_step_share: float = option(
-        0.25,
+        0.33,
         "share of the TTFT SLO that a step without online work may take, since an online request "
         "may arrive during it",
         above=0.0,
         at_most=1.0,
     )
-    offline_hold_ms: float = option(
-        2000.0, "the longest that all offline work is held at a stretch, ms", above=0.0
+    offline_floor: float = option(
+        0.02,
+        "share of the time that offline work gets even where online work needs it all",
+        at_least=0.0,
+        at_most=1.0,
+    )
+    offline_ageing_s: float = option(
+        30.0, "after so long without any, that share has doubled; it goes on growing", above=0.0
+    )
+    profile: str = option("", "a step-time profile to start from; empty for the one saved last")
+    profile_dir: str = option(
+        "~/.cache/xllm/profiles",
+        "where step-time profiles are saved, one per model and hardware; empty for nowhere",
     )

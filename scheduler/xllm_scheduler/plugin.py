@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
+
 from xllm_plugins.compat import request_class
 from xllm_plugins.compat.scheduler_levers import Lever, effective_levers
 from xllm_plugins.config import Mode
@@ -9,14 +12,14 @@ from xllm_plugins.errors import NotAvailableError
 from xllm_plugins.features import Attachment, Feature, Policy
 from xllm_plugins.hookspecs import hookimpl
 from xllm_plugins.manager import registry
-from xllm_plugins.metrics import Metric
 from xllm_scheduler.classes import complete_xargs
 from xllm_scheduler.config import SchedulerSection
+from xllm_scheduler.engine.books import METRICS
 from xllm_scheduler.engine.policy import ElasticPolicy
 
 POLICY_KIND = "scheduler.step"
 SCHEDULER = "xllm_scheduler.engine.scheduler.elastic_scheduler"
-_BY_CLASS = ("class",)
+logger = logging.getLogger("vllm.xllm_scheduler")
 
 
 def check(section: SchedulerSection) -> None:
@@ -40,7 +43,14 @@ def attach(attachment: Attachment) -> str:
     if missing:
         names = ", ".join(sorted(lever.value for lever in missing))
         raise NotAvailableError(f"{base.__qualname__}.schedule() does not read {names}")
-    request_class.install(lambda xargs, tier: complete_xargs(xargs, tier, section))
+    request_class.install(lambda said: complete_xargs(said, section))
+    front_end = request_class.bypassed_by()
+    if front_end and multiprocessing.parent_process() is None:
+        logger.warning(
+            "%s passes by vLLM's Python serving methods: only vllm_xargs and priority set a "
+            "request's class and SLOs there, headers and service_tier do not.",
+            front_end,
+        )
     config.scheduler_config.scheduler_cls = SCHEDULER
     return f"{base.__module__}.{base.__qualname__}"
 
@@ -52,17 +62,7 @@ FEATURE = Feature(
     attach=attach,
     check=check,
     seams=("scheduler_levers", "request_class"),
-    metrics=(
-        Metric("scheduler_requests", "counter", "Requests taken in.", _BY_CLASS),
-        Metric("scheduler_requests_waiting", "gauge", "Requests that wait.", _BY_CLASS),
-        Metric("scheduler_requests_running", "gauge", "Requests that run.", _BY_CLASS),
-        Metric("scheduler_held", "counter", "Steps that running requests sat out.", _BY_CLASS),
-        Metric("scheduler_preempted", "counter", "Requests that lost their KV.", _BY_CLASS),
-        Metric(
-            "scheduler_step_time_error_ratio", "gauge", "Mean error of predicted step times, 0..1."
-        ),
-        Metric("scheduler_policy_seconds", "counter", "Time spent planning steps."),
-    ),
+    metrics=METRICS,
 )
 
 

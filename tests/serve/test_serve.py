@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any, Literal
 from urllib.request import urlopen
 
 import openai
@@ -19,17 +23,18 @@ pytestmark = pytest.mark.serve
 
 @pytest.fixture(scope="module")
 def server(start: Start) -> Iterator[Server]:
-    """All features, two API servers, and every channel for settings at once."""
+    """All features, two API servers, all endpoints, and every channel for settings at once."""
     with start(
         "--plugins",
         "xllm",
+        "--enable-scale-out",
         "--api-server-count",
         "2",
         "--xllm-config",
-        '{"scheduler": {"mode": "on", "ttft_ms": 1500}}',
+        '{"scheduler": {"mode": "on", "ttft_ms": 1500, "objectives": {"batch": "offline"}}}',
         "--additional-config",
         '{"xllm": {"scheduler": {"ttft_ms": 9000, "tpot_ms": 150}}}',
-        env={"XLLM_SCHEDULER_TPOT_MS": "777", "XLLM_SCHEDULER_OFFLINE_HOLD_MS": "1000"},
+        env={"XLLM_SCHEDULER_TPOT_MS": "777", "XLLM_SCHEDULER_OFFLINE_AGEING_S": "1000"},
     ) as running:
         yield running
 
@@ -58,7 +63,7 @@ def test_status_shows_decisions_versions_and_the_origin_of_every_value(server: S
     settings = status["settings"]
     assert settings["scheduler.ttft_ms"] == {"value": 1500.0, "origin": "--xllm-config"}
     assert settings["scheduler.tpot_ms"] == {"value": 150.0, "origin": "--additional-config"}
-    assert settings["scheduler.offline_hold_ms"] == {"value": 1000.0, "origin": "environment"}
+    assert settings["scheduler.offline_ageing_s"] == {"value": 1000.0, "origin": "environment"}
     assert settings["scheduler.policy"] == {"value": "elastic", "origin": "default"}
     assert status["versions"]["vllm"] == "0.32.0"
     assert status["engines"][0]["scheduler"]["policy_failure"] == ""
@@ -128,6 +133,83 @@ def test_every_generating_endpoint_serves_offline_requests(
     assert any(chunk.choices and chunk.choices[0].delta.content for chunk in chunks)
     after = metrics(server)['xllm:scheduler_requests_total{class="offline",engine="0"}']
     assert after - before == 3
+
+
+CHAT = {"messages": [{"role": "user", "content": PROMPTS[0]}], "max_tokens": 8}
+BATCH = {"messages": [CHAT["messages"], CHAT["messages"]], "max_tokens": 8}
+TOKENS = {"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 8}}
+FLEX = {"service_tier": "flex"}
+ROUTED = {"x-llm-d-inference-objective": "batch"}
+
+
+def post(
+    server: Server, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
+) -> tuple[int, str]:
+    """The status and text of an answer."""
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)) as connection:
+        sent = {"Content-Type": "application/json", **headers}
+        connection.request("POST", path, json.dumps({"model": server.model, **body}), sent)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+
+def test_headers_and_tiers_make_requests_of_every_protocol_offline(server: Server) -> None:
+    sent: list[tuple[str, Mapping[str, Any], Mapping[str, str]]] = [
+        ("/v1/chat/completions", CHAT, ROUTED),
+        ("/v1/chat/completions", CHAT, {"x-gateway-inference-objective": "batch"}),
+        ("/v1/chat/completions/batch", BATCH, ROUTED),  # two requests to the engine
+        ("/v1/messages", CHAT | FLEX, {}),
+        ("/v1/messages", CHAT | {"stream": True}, ROUTED),
+        ("/inference/v1/generate", TOKENS | FLEX, {}),
+        ("/inference/v1/generate", TOKENS | {"stream": True}, ROUTED),
+    ]
+    key = 'xllm:scheduler_requests_total{class="%s",engine="0"}'
+    before = metrics(server)
+    answers = [post(server, *one) for one in sent]
+    assert [(status, text) for status, text in answers if status != 200] == []
+    after = metrics(server)
+    assert after[key % "offline"] - before[key % "offline"] == len(sent) + 1
+    assert after[key % "online"] == before[key % "online"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/chat/completions", CHAT), ("/v1/messages", CHAT), ("/inference/v1/generate", TOKENS)],
+)
+def test_a_bad_header_is_a_400_with_one_sentence(
+    server: Server, path: str, body: Mapping[str, Any], stream: bool
+) -> None:
+    headers = {"x-slo-ttft-ms": "soon"}
+    status, text = post(server, path, {**body, "stream": stream}, headers)
+    assert status == 400
+    error = json.loads(text)["error"]
+    assert error["message"] == (
+        "x-slo-ttft-ms is 'soon'; allowed is a number of milliseconds above 0."
+    )
+    if path != "/v1/messages":  # Anthropic's errors name no field
+        assert error["param"] == "x-slo-ttft-ms"
+
+
+def test_the_openai_client_learns_which_tier_served_it(
+    server: Server, client: openai.OpenAI
+) -> None:
+    tiers: dict[Literal["flex", "auto", "priority"], str] = {
+        "flex": "flex",
+        "auto": "default",
+        "priority": "priority",
+    }
+    for asked, served in tiers.items():
+        response = client.responses.create(
+            model=server.model, input=PROMPTS[0], max_output_tokens=8, service_tier=asked
+        )
+        assert response.service_tier == served
+    with pytest.raises(openai.BadRequestError, match="no class and no SLO to beam search"):
+        client.completions.create(
+            model=server.model,
+            prompt="The sea",
+            extra_body={"use_beam_search": True, "service_tier": "flex"},
+        )
 
 
 def test_answers_are_those_of_vllm_alone_also_under_mixed_load(

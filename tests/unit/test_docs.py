@@ -48,7 +48,8 @@ def test_every_setting_stands_in_its_table(feature: Feature) -> None:
     expected = []
     for field in dataclasses.fields(feature.section):
         limits: Limits = field.metadata["limits"]
-        default = getattr(field.default, "value", field.default)
+        default = getattr(feature.section(), field.name)
+        default = getattr(default, "value", default)
         accepts = allowed(hints[field.name], limits)
         expected.append((f"{feature.name}.{field.name}", str(default), accepts, limits.doc))
     assert rows(page(feature), f"{feature.name}.") == expected

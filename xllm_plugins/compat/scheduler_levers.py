@@ -6,7 +6,7 @@ lever is called in each version, and which of them a given base class really rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
@@ -21,6 +21,7 @@ SEAM = (
     Target(f"{_SCHEDULER}.add_request", ("self", "request")),
     Target(f"{_SCHEDULER}.update_from_output", ("self", "scheduler_output", "model_runner_output")),
     Target(f"{_SCHEDULER}._preempt_request", ("self", "request", "timestamp")),
+    Target(f"{_SCHEDULER}._free_request", ("self", "request")),
     Target(
         f"{_SCHEDULER}._reserve_prefill_lookahead",
         ("self", "request", "num_computed_tokens", "num_new_tokens"),
@@ -73,6 +74,67 @@ def token_budget(scheduler: Any, tokens: int) -> Iterator[None]:
         yield
     finally:
         scheduler.max_num_scheduled_tokens = full
+
+
+def preempt(scheduler: Any, requests: Iterable[Any], timestamp_s: float) -> None:
+    """Take running requests' KV blocks and put them back to wait, before a step is scheduled.
+
+    They must not be admitted again by the step that follows: output of theirs may be in flight.
+    """
+    for request in requests:
+        scheduler.running.remove(request)
+        if hasattr(request, "drop_stale_output"):
+            drop = scheduler.requires_kv_delivery
+            scheduler._preempt_request(request, timestamp_s, drop_stale_output=drop)
+        else:  # up to 0.25: as vLLM does it inside schedule()
+            scheduler._preempt_request(request, timestamp_s)
+
+
+def can_preempt(scheduler: Any, request: Any) -> bool:
+    """Whether preempting a running request frees its blocks at once and loses no token."""
+    may_free = getattr(scheduler, "_request_blocks_can_be_freed", None)
+    if may_free is None:  # up to 0.25: nothing marks output that is in flight as stale
+        return not request.num_output_placeholders
+    return bool(may_free(request))
+
+
+def free_slots(scheduler: Any) -> int:
+    """How many more requests may run."""
+    most = getattr(scheduler, "max_num_active_reqs", scheduler.max_num_running_reqs)
+    return int(most - len(scheduler.running) - scheduler.num_waiting_for_streaming_input)
+
+
+def free_blocks(scheduler: Any) -> int:
+    """How many KV blocks are free, cached ones without a user among them."""
+    return int(scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+
+def own_blocks(scheduler: Any, request: Any) -> int:
+    """How many KV blocks become free when this request gives up its own."""
+    groups = scheduler.kv_cache_manager.get_blocks(request.request_id).blocks
+    return sum(block.ref_cnt == 1 for group in groups for block in group)
+
+
+def missing_blocks(scheduler: Any, request: Any) -> int:
+    """How many KV blocks a waiting request needs, whose prompt is cached in part or not at all."""
+    groups = len(scheduler.kv_cache_config.kv_cache_groups)
+    blocks = -(-request.num_tokens // scheduler.block_size)
+    return int(blocks * groups)
+
+
+def idle_experts(vllm_config: Any) -> float:
+    """The share of a layer's experts that one token leaves idle; 1 for a dense model."""
+    config = vllm_config.model_config
+    experts = config.get_num_experts()
+    chosen = getattr(config.hf_text_config, "num_experts_per_tok", None)
+    if not experts or not isinstance(chosen, int) or not 0 < chosen <= experts:
+        return 1.0
+    return 1.0 - chosen / float(experts)
+
+
+def is_paused(scheduler: Any) -> bool:
+    """Whether requests that wait are kept waiting."""
+    return bool(scheduler.pause_state.name != "UNPAUSED")
 
 
 def replace_waiting_queues(scheduler: Any, make: Callable[[Callable[[], Any]], Any]) -> list[Any]:

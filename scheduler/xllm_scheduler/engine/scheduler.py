@@ -6,37 +6,30 @@ schedule, and puts everything back. Between steps all state is as vLLM left it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
-import math
 import time
-from collections import Counter
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.request import Request
 
 from xllm_plugins.activation import REPORT_KEY, SETTINGS_KEY
-from xllm_plugins.compat.scheduler_levers import (
-    Lever,
-    effective_levers,
-    hold,
-    replace_waiting_queues,
-    token_budget,
-)
+from xllm_plugins.compat import scheduler_levers as levers
 from xllm_plugins.config import parse_section
 from xllm_plugins.errors import ConfigError
-from xllm_plugins.latency import StepTimeModel
+from xllm_plugins.latency import StepShape, StepTimeModel
 from xllm_plugins.manager import registry
-from xllm_plugins.metrics import Sample
 from xllm_plugins.status import Report, register_reporter
-from xllm_scheduler.classes import Service, ServiceClass, classify
+from xllm_scheduler.classes import classify
 from xllm_scheduler.config import SchedulerSection
-from xllm_scheduler.engine.policy import RequestView, StepPlan, StepView
-from xllm_scheduler.engine.queues import ClassQueue
+from xllm_scheduler.engine import views
+from xllm_scheduler.engine.books import Books, Demand, Served, due_s, is_online
+from xllm_scheduler.engine.policy import StepPlan, StepView
+from xllm_scheduler.engine.profiles import Profile, profile_key
+from xllm_scheduler.engine.queues import ClassQueue, DeadlineLane
 from xllm_scheduler.engine.steps import StepClock
 from xllm_scheduler.plugin import POLICY_KIND
 
@@ -47,29 +40,7 @@ else:
 
 logger = logging.getLogger("vllm.xllm_scheduler")
 
-_PROMPT_WEIGHT = 0.1  # of the newest online prompt in the mean of recent ones
-_ONLINE_WINDOW, _OFFLINE_WINDOW = 32, 8  # how many waiting requests of a class a step looks at
-
-
-@dataclass
-class Served:
-    """What the scheduler remembers of one request, attached to it as ``request.xllm``."""
-
-    service: Service
-    arrival_s: float
-    first_token_s: float | None = None
-
-
-def served(request: Request) -> Served | None:
-    """The record of a request; None if it never came through ``add_request``."""
-    found: Served | None = getattr(request, "xllm", None)
-    return found
-
-
-def is_online(request: Request) -> bool:
-    """Whether a request has SLOs; one that we know nothing of is treated as online."""
-    record = served(request)
-    return record is None or record.service.online
+_WINDOW = 8  # how many waiting requests of a class a step looks at
 
 
 class ElasticMixin(_Base):  # type: ignore[misc]
@@ -83,101 +54,118 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         self._section = section
         self._policy = registry().policy(POLICY_KIND, section.policy).factory(section)
         self._policy_failure = ""
-        self._can_cap = Lever.CHUNK in effective_levers(type(self).__mro__[2])
-        self._model = StepTimeModel()
-        self._clock = StepClock(self._model)
-        self._queues: list[ClassQueue] = replace_waiting_queues(
-            self, lambda new_lane: ClassQueue(new_lane, is_online)
+        self._can_cap = levers.Lever.CHUNK in levers.effective_levers(type(self).__mro__[2])
+        self._model = StepTimeModel(levers.idle_experts(self.vllm_config))
+        self._profile = Profile(
+            section.profile, section.profile_dir, profile_key(self.vllm_config), self._model
         )
-        self._chunk_tokens: dict[str, int] = {}
+        self._clock = StepClock(self._model)
+        self._queues: list[ClassQueue] = levers.replace_waiting_queues(self, self._class_queue)
+        self._chunk_tokens: Mapping[str, int] = {}
         self._shown_waiting: list[Request] = []
         self._hide_waiting = False
-        self._online_prompt_tokens = 0.0
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._policy_seconds = 0.0
+        self._first_token_pending: dict[str, Request] = {}
+        self._offline_here = False
+        self._offline_ran_s = 0.0  # when offline work was last computed, or there was none
+        self._demand = Demand()
+        self._books = Books()
         register_reporter("scheduler", self.xllm_report)
 
     def add_request(self, request: Request) -> None:
         """Classify the request, then let vLLM queue it."""
-        if served(request) is None:
-            request.xllm = self._served(request)
+        session = self.requests.get(request.request_id)
+        request.xllm = self._served(request)
+        self._books.count("requests", request)
+        if session is not None:  # the next part of a streaming session has SLOs of its own
+            session.xllm = request.xllm
+            self._first_token_pending[session.request_id] = session
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Shape the step by the policy's plan, let vLLM schedule it, and restore."""
         began_s = time.monotonic()
-        self.running.sort(key=lambda r: not is_online(r))
         plan = self._plan(began_s)
-        self._policy_seconds += time.monotonic() - began_s
-        for request in self.running:
-            if request.request_id in plan.held:
-                hold(self, request)
-                self._counts["held", _class_of(request)] += 1
-        self._chunk_tokens = dict(plan.chunk_tokens)
+        self._books.planned(plan, time.monotonic() - began_s)
+        if plan.preempt:
+            gone = [r for r in self.running if r.request_id in plan.preempt]
+            levers.preempt(self, reversed(gone), began_s)
+        if plan.held:
+            for request in self.running:
+                if request.request_id in plan.held:
+                    levers.hold(self, request)
+                    self._books.count("held", request)
+        if plan.chunk_tokens and self._can_cap:
+            self._chunk_tokens = plan.chunk_tokens
+            self._reserve_prefill_lookahead = self._capped_chunk  # only now: it is called often
         for queue in self._queues:
             queue.offline_open = plan.admit_offline
         try:
-            with token_budget(self, plan.max_tokens):
+            with levers.token_budget(self, plan.max_tokens):
                 output = super().schedule(*args, **kwargs)
         finally:
-            self._chunk_tokens = {}
+            if self._chunk_tokens:
+                self._chunk_tokens = {}
+                del self._reserve_prefill_lookahead
             for queue in self._queues:
                 queue.offline_open = True
-        self._hide_waiting = self._admitted_none(output.num_scheduled_tokens, plan)
-        self._clock.launched(id(output), self._chunks(output), time.monotonic())
+        self._launched(output, plan)
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Learn from the step that ended, then let vLLM take in its tokens."""
         now_s = time.monotonic()
         self._clock.ended(id(scheduler_output), now_s)
+        self._books.now_s = now_s
         result = super().update_from_output(scheduler_output, model_runner_output)
-        for request in self.running:
-            record = served(request)
-            if record is not None and record.first_token_s is None and request.num_output_tokens:
-                record.first_token_s = now_s
+        pending = self._first_token_pending
+        for request in [r for r in pending.values() if r.num_output_tokens]:
+            del pending[request.request_id]
+            self._books.first_token(request)
+        self._profile.save_sometimes()
         return result
+
+    def shutdown(self) -> None:
+        """Save what was learned, then let vLLM shut down."""
+        self._profile.save()
+        super().shutdown()
 
     def xllm_report(self) -> Report:
         """Counts by class and the latency model, for metrics and ``/xllm/v1/status``."""
-        samples = []
-        for kind in ServiceClass:
-            online = kind is ServiceClass.ONLINE
-            waiting = sum(queue.count(online) for queue in self._queues)
-            running = sum(is_online(r) is online for r in self.running)
-            samples += [
-                Sample("scheduler_requests_waiting", waiting, (kind.value,)),
-                Sample("scheduler_requests_running", running, (kind.value,)),
-            ]
-            for name in ("requests", "held", "preempted"):
-                value = self._counts[name, kind.value]
-                samples.append(Sample(f"scheduler_{name}", value, (kind.value,)))
-        step_time = self._model.current
-        samples += [
-            Sample("scheduler_step_time_error_ratio", step_time.error),
-            Sample("scheduler_policy_seconds", self._policy_seconds),
-        ]
+        samples = self._books.samples(self._queues, self.running, self._model.current)
         facts = {
             "policy": self._section.policy,
             "policy_failure": self._policy_failure,
-            "step_time_ms": dataclasses.asdict(step_time),
+            "step_time_ms": self._model.saved().get("step_time_ms", {}),
             "steps_learned_from": self._model.steps,
+            "profile": self._profile.origin,
         }
         return Report(samples, facts)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        self._counts["preempted", _class_of(request)] += 1
+        self._books.count("preempted", request)
         super()._preempt_request(request, *args, **kwargs)
 
-    def _reserve_prefill_lookahead(
-        self, request: Request, num_computed_tokens: int, num_new_tokens: int
-    ) -> int:
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        if self._first_token_pending.pop(request.request_id, None) and request.num_output_tokens:
+            self._books.first_token(request)
+        self._books.finished(request)
+        if is_online(request):
+            self._demand.finished(request.num_output_tokens)
+        return super()._free_request(request, *args, **kwargs)
+
+    def _capped_chunk(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         # vLLM asks this for every chunk, running or waiting: the one place to cap a single one.
         cap = self._chunk_tokens.get(request.request_id, num_new_tokens)
         tokens: int = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, min(num_new_tokens, cap)
         )
         return tokens
+
+    def _class_queue(self, new_lane: Any) -> ClassQueue:
+        # Under vLLM's priority policy online requests keep the order that their priorities give.
+        lane = new_lane()
+        online = DeadlineLane(due_s) if isinstance(lane, deque) else lane
+        return ClassQueue(online, new_lane(), is_online)
 
     def _served(self, request: Request) -> Served:
         params = request.sampling_params
@@ -188,98 +176,120 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             # The API server has refused such a request; one from vllm.LLM is served as online.
             logger.warning("request %s: %s It is served as online.", request.request_id, error)
             service = classify({}, 0, self._section)
-        self._counts["requests", service.kind.value] += 1
+        now_s = time.monotonic()
         if service.online:
-            grown = request.num_prompt_tokens - self._online_prompt_tokens
-            self._online_prompt_tokens += _PROMPT_WEIGHT * grown
-        waited_s = max(0.0, time.time() - request.arrival_time)
-        return Served(service, time.monotonic() - waited_s)
+            self._demand.arrived(request.num_prompt_tokens, now_s)
+        return Served.of(service, now_s - max(0.0, time.time() - request.arrival_time))
 
     def _plan(self, now_s: float) -> StepPlan:
         plain = StepPlan(self.max_num_scheduled_tokens)
+        self._shown_waiting = []
         if self._policy_failure:
             return plain
         try:
-            planned: StepPlan = self._policy.plan(self._view(now_s))
+            view = self._view(now_s)
+            return self._policy.plan(view) if view is not None else plain
         except Exception as error:
             self._policy_failure = f"{type(error).__name__}: {error}"
             logger.exception("The step policy failed; from now on vLLM schedules alone.")
             return plain
-        return planned
 
-    def _admitted_none(self, scheduled: Mapping[str, int], plan: StepPlan) -> bool:
-        # No slot, no KV, a grammar that is not ready: what the plan set aside for waiting requests
-        # came to nothing, and running ones were held for it. The next step is planned without them;
-        # otherwise each could wait for the other for ever.
-        let_in = [r.request_id for r in self._shown_waiting if plan.admit_offline or is_online(r)]
-        unused = plan.max_tokens - sum(scheduled.values())
-        return bool(let_in) and unused > 0 and scheduled.keys().isdisjoint(let_in)
-
-    def _view(self, now_s: float) -> StepView:
+    def _view(self, now_s: float) -> StepView | None:
+        """What the policy decides on; None if there is nothing to decide."""
+        online: list[Request] = []
+        offline: list[Request] = []
+        prefills: list[Request] = []
+        moved = False
+        for request in self.running:
+            if request.xllm.online:
+                moved = moved or bool(offline)
+                online.append(request)
+            else:
+                offline.append(request)
+            if request.is_prefill_chunk:
+                prefills.append(request)
+        if moved:
+            # vLLM serves the first first and preempts the last first.
+            self.running[:] = online + offline
+        self._offline_here = bool(offline) or any(queue.count(False) for queue in self._queues)
+        if not self._offline_here:
+            self._offline_ran_s = now_s
+        slots, blocks = levers.free_slots(self), levers.free_blocks(self)
+        if not (self._offline_here or prefills or slots > 0):
+            return None
         start_s = self._clock.next_start_s(now_s)
-        waiting = [
-            request
-            for online, most in ((True, _ONLINE_WINDOW), (False, _OFFLINE_WINDOW))
-            for queue in self._queues
-            for request in queue.head(online, most)
-            if not self._hide_waiting
-        ]
-        self._shown_waiting = waiting
+        self._shown_waiting = self._first_waiting(now_s, slots)
+        waiting = [views.waiting_prefill(self, r) for r in self._shown_waiting]
+        first = waiting[0] if offline and waiting and waiting[0].online else None
+        preempts = (
+            first is not None
+            and (slots < 1 or blocks < first.blocks)
+            and self._policy.is_urgent(first, start_s, self._model.current)
+        )
         return StepView(
             start_s=start_s,
             max_tokens=self.max_num_scheduled_tokens,
             step_time=self._model.current,
-            running=tuple(self._request_view(r, True, start_s) for r in self.running),
-            waiting=tuple(self._request_view(r, False, start_s) for r in waiting),
+            online=views.online_decodes(online, start_s),
+            offline=views.offline_decodes(offline),
+            prefills=[views.running_prefill(self, r) for r in prefills],
+            waiting=waiting,
             can_cap=self._can_cap,
-            online_prompt_tokens=self._online_prompt_tokens,
+            in_flight=self._clock.in_flight,
+            offline_idle_s=now_s - self._offline_ran_s,
+            free_slots=slots,
+            free_blocks=blocks,
+            headroom_blocks=len(self.running) + self._demand.prompt_blocks(self.block_size),
+            online_prompt_tokens=self._demand.prompt_tokens,
+            online_output_tokens=self._demand.output_tokens,
+            online_rate=self._demand.rate(now_s),
+            victims=views.victims(self, offline) if preempts else (),
         )
 
-    def _request_view(self, request: Request, running: bool, start_s: float) -> RequestView:
-        computed = request.num_computed_tokens
-        outputs = request.num_output_tokens + request.num_output_placeholders
-        new_tokens = request.num_tokens_with_spec + request.num_output_placeholders - computed
-        decoding = running and not request.is_prefill_chunk
-        online, due_s, tpot_ms = True, start_s, self._section.tpot_ms
-        record = served(request)
-        if record is not None:
-            online, tpot_ms = record.service.online, record.service.tpot_ms
-            first_s = record.arrival_s + record.service.ttft_ms / 1e3
-            if outputs and record.first_token_s is None:
-                first_s = start_s  # the first token is in flight, it comes when that step ends
-            elif record.first_token_s is not None:
-                first_s = record.first_token_s
-            due_s = first_s + outputs * tpot_ms / 1e3
-        return RequestView(
-            request_id=request.request_id,
-            online=online,
-            running=running,
-            due_s=due_s if online else math.inf,
-            new_tokens=max(0, new_tokens),
-            context_tokens=computed,
-            decoding=decoding,
-            tpot_ms=tpot_ms if online else math.inf,
-            splittable=self._splittable(request, decoding),
-        )
-
-    def _splittable(self, request: Request, decoding: bool) -> bool:
-        return not decoding and (
-            self.scheduler_config.enable_chunked_prefill
-            # Their chunks have borders of their own, which a cap of ours would not respect.
-            and not request.has_encoder_inputs
-            and not getattr(self, "need_mamba_block_aligned_split", False)
-        )
-
-    def _chunks(self, output: Any) -> list[tuple[int, int]]:
-        # vLLM has already advanced num_computed_tokens by the tokens of this step.
+    def _first_waiting(self, now_s: float, free_slots: int) -> list[Request]:
+        if self._hide_waiting or levers.is_paused(self):
+            return []
+        online = min(_WINDOW, max(1, free_slots))
+        offline = min(_WINDOW, max(0, free_slots))
+        for queue in self._queues:
+            queue.turn(now_s)
         return [
-            (tokens, max(0, self.requests[request_id].num_computed_tokens - tokens))
-            for request_id, tokens in output.num_scheduled_tokens.items()
+            request
+            for is_for_online, most in ((True, online), (False, offline))
+            for queue in self._queues
+            for request in queue.head(is_for_online, most)
         ]
 
-
-def _class_of(request: Request) -> str:
-    return "online" if is_online(request) else "offline"
+    def _launched(self, output: Any, plan: StepPlan) -> None:
+        scheduled, requests = output.num_scheduled_tokens, self.requests
+        for new in output.scheduled_new_reqs:
+            self._first_token_pending[new.req_id] = requests[new.req_id]
+        # No slot, no KV, a grammar that is not ready: what the plan set aside for waiting requests
+        # came to nothing, and running ones were held for it. The next step is planned without them;
+        # otherwise each could wait for the other for ever.
+        let_in = [r.request_id for r in self._shown_waiting if plan.admit_offline or is_online(r)]
+        self._hide_waiting = (
+            bool(let_in)
+            and plan.max_tokens > output.total_num_scheduled_tokens
+            and scheduled.keys().isdisjoint(let_in)
+        )
+        shape = StepShape()
+        decodes = context = 0
+        offline_ran = False
+        for request_id, tokens in scheduled.items():
+            request = requests[request_id]
+            # vLLM has already advanced it by the tokens of this step.
+            computed = request.num_computed_tokens - tokens
+            if tokens == 1:
+                decodes += 1
+                context += computed
+            else:
+                shape = shape.with_chunk(tokens, max(0, computed))
+            offline_ran = offline_ran or not request.xllm.online
+        now_s = time.monotonic()
+        if offline_ran:
+            self._offline_ran_s = now_s
+        self._clock.launched(id(output), shape.with_decodes(decodes, context), now_s)
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from xllm_plugins.latency import StepShape, StepTimeModel
@@ -36,11 +35,13 @@ class StepClock:
             free_s = max(free_s, step.at_s) + step.predicted_ms / 1e3
         return max(now_s, free_s) if self._in_flight else now_s
 
-    def launched(self, key: int, chunks: Iterable[tuple[int, int]], now_s: float) -> None:
-        """Note a step: a key to find it by, and ``(new_tokens, context_tokens)`` per request."""
-        shape = StepShape()
-        for new_tokens, context_tokens in chunks:
-            shape = shape.with_chunk(new_tokens, context_tokens)
+    @property
+    def in_flight(self) -> bool:
+        """Whether a step is launched and has not ended."""
+        return bool(self._in_flight)
+
+    def launched(self, key: int, shape: StepShape, now_s: float) -> None:
+        """Note a step: a key to find it by, and what it computes."""
         predicted_ms = self._model.current.step_ms(shape)
         self._in_flight.append(_Launched(key, now_s, shape, predicted_ms))
 

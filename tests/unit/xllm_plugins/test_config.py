@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -29,6 +30,7 @@ class OvenSection(Section):
     trays: int = option(2, "trays", at_least=1)
     fan: bool = option(True, "fan")
     program: str = option("bread", "program")
+    shelves: Mapping[str, Literal["top", "low"]] = option({"cake": "low"}, "shelves")
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def test_a_mistake_in_the_structure_is_one_sentence(values: Any, message: str) -
 
 HEAT = "a number above 0 and at most 300"
 TRAYS = "a whole number at least 1"
+SHELVES = "a mapping of names to top or low"
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,11 @@ TRAYS = "a whole number at least 1"
         ("fan", "yes", "true or false"),
         ("program", 3, "a text"),
         ("program", True, "a text"),
+        ("shelves", "top", SHELVES),
+        ("shelves", ["cake", "top"], SHELVES),
+        ("shelves", {"cake": "middle"}, SHELVES),
+        ("shelves", {"cake": ["top"]}, SHELVES),
+        ("shelves", {7: "top"}, SHELVES),
         ("mode", "maybe", "auto, on, off"),
         ("mode", 1, "auto, on, off"),
         ("mode", None, "auto, on, off"),
@@ -123,6 +131,8 @@ def test_a_bad_value_is_refused_even_where_a_stronger_source_overrides_it() -> N
         ("trays", 1, 1),
         ("fan", False, False),
         ("program", "", ""),
+        ("shelves", {"pie": "top"}, {"pie": "top"}),
+        ("shelves", {}, {}),
         ("mode", "on", Mode.ON),
         ("mode", "off", Mode.OFF),
         # YAML 1.1 reads an unquoted on or off as a boolean.
@@ -152,16 +162,27 @@ def test_the_strongest_source_wins_key_by_key_and_each_value_knows_its_origin() 
         "oven.trays": "the file",
         "oven.fan": "environment",
         "oven.program": "default",
+        "oven.shelves": "default",
         "hob.mode": "default",
         "hob.rings": "the file",
     }
 
 
 def test_settings_survive_the_way_into_another_process() -> None:
-    settings = resolved(flag(mode="on", heat=99.5, fan=False, program="pie"))
+    given = {"mode": "on", "heat": 99.5, "fan": False, "program": "pie", "shelves": {"pie": "top"}}
+    settings = resolved(flag(**given))
     plain = settings.as_dict()["oven"]
-    assert plain == {"mode": "on", "heat": 99.5, "trays": 2, "fan": False, "program": "pie"}
+    assert plain == given | {"trays": 2}
     assert parse_section(OvenSection, "oven", plain) == settings.sections["oven"]
+
+
+def test_a_mapping_is_replaced_as_a_whole_and_shared_with_nobody() -> None:
+    assert oven(flag(shelves={"pie": "top"})).shelves == {"pie": "top"}
+    given = {"pie": "top"}
+    taken = oven(flag(shelves=given)).shelves
+    given["pie"] = "low"
+    assert taken == {"pie": "top"}
+    assert OvenSection().shelves is not OvenSection().shelves
 
 
 def test_settings_cannot_be_changed() -> None:
@@ -225,6 +246,7 @@ def test_bad_inline_json_says_where_it_breaks() -> None:
         ("XLLM_OVEN_FAN", "false", "fan", False),
         ("XLLM_OVEN_PROGRAM", "pie", "program", "pie"),
         ("XLLM_OVEN_PROGRAM", "[pie", "program", "[pie"),
+        ("XLLM_OVEN_SHELVES", '{"pie": "top"}', "shelves", {"pie": "top"}),
         ("XLLM_OVEN_MODE", "on", "mode", Mode.ON),
         ("XLLM_OVEN_MODE", "off", "mode", Mode.OFF),
         ("XLLM_OVEN_MODE", "auto", "mode", Mode.AUTO),
@@ -247,6 +269,11 @@ def test_an_environment_variable_sets_one_key(
         ("XLLM_OVEN_HEAT", "", f"oven.heat from environment is ''; allowed is {HEAT}."),
         ("XLLM_OVEN_TRAYS", "many", f"oven.trays from environment is 'many'; allowed is {TRAYS}."),
         ("XLLM_OVEN_FAN", "[", "oven.fan from environment is '['; allowed is true or false."),
+        (
+            "XLLM_OVEN_SHELVES",
+            "pie",
+            f"oven.shelves from environment is 'pie'; allowed is {SHELVES}.",
+        ),
     ],
 )
 def test_a_bad_variable_is_one_sentence(variable: str, text: str, message: str) -> None:

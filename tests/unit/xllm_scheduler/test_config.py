@@ -22,7 +22,15 @@ REFUSED: dict[str, tuple[str, list[Any]]] = {
     "priority_tier_factor": SHARE,
     "online_share": SHARE,
     "idle_step_share": SHARE,
-    "offline_hold_ms": POSITIVE,
+    "margin_steps": ("a number at least 0 and at most 2", [-0.1, 2.1, float("nan"), True, "1", None]),
+    "offline_floor": ("a number at least 0 and at most 1", [-0.1, 1.1, float("nan"), True, "0"]),
+    "offline_ageing_s": POSITIVE,
+    "profile": ("a text", [1, True, None, ["a"]]),
+    "profile_dir": ("a text", [1, True, None, ["a"]]),
+    "objectives": (
+        "a mapping of names to online or offline",
+        ["batch", ["batch"], None, {"batch": "later"}, {"batch": True}, {1: "offline"}],
+    ),
 }
 
 
@@ -50,7 +58,9 @@ def test_every_setting_refuses_what_it_cannot_be(key: str) -> None:
         ("idle_step_share", 0.001),
         ("offline_above_priority", -5),
         ("ttft_ms", 1),
+        ("objectives", {}),
+        ("objectives", {"batch": "offline", "": "online"}),
     ],
 )
-def test_values_at_the_edge_are_taken(key: str, value: float) -> None:
+def test_values_at_the_edge_are_taken(key: str, value: object) -> None:
     assert getattr(parse_section(SchedulerSection, "scheduler", {key: value}), key) == value
