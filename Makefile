@@ -3,10 +3,10 @@ OLDER_VLLM := $(CURDIR)/.cache/vllm-0.23.0
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint fmt bench wheel clean
+.PHONY: help run test upstream lint fmt bench wheel clean
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: ## Serve a small real model with the plugins and try it (ARGS="--once")
 	@.ci/setup
@@ -15,7 +15,12 @@ run: ## Serve a small real model with the plugins and try it (ARGS="--once")
 test: lint ## Check and test everything, contract tests on vLLM 0.23.0 too (ARGS="-k name")
 	@.ci/setup-023
 	PYTHONPATH=$(OLDER_VLLM) XLLM_EXPECT_VLLM=0.23.0 $(PY) -m pytest tests/contract
+	.ci/upstream-tests
 	$(PY) -m pytest $(ARGS)
+
+upstream: ## Run vLLM's own scheduler tests with the elastic scheduler, 2 minutes
+	@.ci/setup --dev
+	.ci/upstream-tests
 
 lint: ## Check style and types
 	@.ci/setup --dev

@@ -272,20 +272,24 @@ class StepTimeModel:
             time = StepTime(**saved["step_time_ms"])
             gram = np.array(saved["gram"], dtype=np.float64)
             moment = np.array(saved["moment"], dtype=np.float64)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"it lacks {error}") from error
-        values = np.array([getattr(time, name) for name in _COEFFICIENTS], dtype=np.float64)
+            values = np.array([getattr(time, name) for name in _COEFFICIENTS], dtype=np.float64)
+            error, most = float(time.error), int(time.most_prefill_tokens)
+            idle_experts = float(time.idle_experts)
+        except (KeyError, TypeError, OverflowError) as problem:
+            raise ValueError(f"it lacks or spoils {problem}") from problem
         if gram.shape != (TERMS, TERMS) or moment.shape != (TERMS,):
             raise ValueError(f"its matrix has the shape {gram.shape}; needed is {(TERMS, TERMS)}")
-        if time.idle_experts != self._idle_experts:
+        if idle_experts != self._idle_experts:
             raise ValueError("it was measured with other experts")
         if not all(np.isfinite(part).all() for part in (gram, moment, values)) or values.min() < 0:
             raise ValueError("it has coefficients that are negative or not finite")
+        if not 0.0 <= error <= 1.0 or most < 0:
+            raise ValueError("its error or its largest prefill is out of bounds")
         self._gram, self._moment = gram * _PRIOR_STEPS, moment * _PRIOR_STEPS
         self._coefficients = values
         self._steps = int(_PRIOR_STEPS)
-        self._error = float(time.error)
-        self._most_prefill_tokens = int(time.most_prefill_tokens)
+        self._error = error
+        self._most_prefill_tokens = most
         self._publish()
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from xllm_plugins.features import Policy
 from xllm_plugins.hookspecs import hookimpl
-from xllm_scheduler.engine.policy import ElasticPolicy, RequestView, StepPlan, StepView
+from xllm_scheduler.engine.elastic import ElasticPolicy
+from xllm_scheduler.engine.policy import PrefillView, StepPlan, StepView
 
 
 class ShortestFirst(ElasticPolicy):
@@ -18,13 +17,12 @@ class ShortestFirst(ElasticPolicy):
 
     def plan(self, view: StepView) -> StepPlan:
         """Decide one step."""
-        running = sorted(view.running, key=_prefill_tokens_left)
-        return super().plan(replace(view, running=tuple(running)))
+        return super().plan(view._replace(prefills=sorted(view.prefills, key=_offline_tokens_left)))
 
 
-def _prefill_tokens_left(request: RequestView) -> int:
-    """0 for online work and for decodes, which so keep their order and stay in front."""
-    return 0 if request.online or request.decoding else request.new_tokens
+def _offline_tokens_left(request: PrefillView) -> int:
+    """0 for online prefills, which so keep their order and stay in front."""
+    return 0 if request.online else request.new_tokens
 
 
 @hookimpl

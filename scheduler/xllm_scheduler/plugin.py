@@ -15,7 +15,7 @@ from xllm_plugins.manager import registry
 from xllm_scheduler.classes import complete_xargs
 from xllm_scheduler.config import SchedulerSection
 from xllm_scheduler.engine.books import METRICS
-from xllm_scheduler.engine.policy import ElasticPolicy
+from xllm_scheduler.engine.elastic import ElasticPolicy
 
 POLICY_KIND = "scheduler.step"
 SCHEDULER = "xllm_scheduler.engine.scheduler.elastic_scheduler"

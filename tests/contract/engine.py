@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
@@ -95,7 +95,8 @@ def build(
         async_scheduling=False,
         policy=policy,
     )
-    values = section_values(SchedulerSection()) | dict(settings or {})
+    # What one test learns is nothing that another may start from.
+    values = section_values(SchedulerSection()) | {"profile_dir": ""} | dict(settings or {})
     vllm_config = VllmConfig(
         model_config=_model_config(),
         scheduler_config=scheduler_config,
@@ -135,6 +136,7 @@ def request(
     priority: int = 0,
     arrival_s: float = 1000.0,
     stop: Sequence[int] = (),
+    resumable: bool = False,
 ) -> Request:
     """A request as the engine core makes it; a prompt given as a number is so many tokens."""
     tokens = list(range(prompt)) if isinstance(prompt, int) else list(prompt)
@@ -149,7 +151,17 @@ def request(
         priority=priority,
         arrival_time=arrival_s,
         block_hasher=get_request_block_hasher(BLOCK, sha256),
+        resumable=resumable,
     )
+
+
+class Step(NamedTuple):
+    """A step that has ended; ``plan`` is what the elastic scheduler planned, if it did."""
+
+    scheduled: dict[str, int]
+    plan: Any
+    start_s: float
+    end_s: float
 
 
 @dataclass
@@ -162,6 +174,8 @@ class Engine:
         streams: the tokens that each request was given.
         reasons: why each request ended.
         steps: the tokens of every step, by request.
+        ended: every step that has ended.
+        times_s: when each request was given each of its tokens.
     """
 
     scheduler: Any
@@ -170,16 +184,19 @@ class Engine:
     streams: dict[str, list[int]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     steps: list[dict[str, int]] = field(default_factory=list)
+    ended: list[Step] = field(default_factory=list)
+    times_s: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.depth = 2 if isinstance(self.scheduler, AsyncScheduler) else 1
         self._worker = Worker(BLOCK)
-        self._in_flight: deque[tuple[Any, Any, float]] = deque()
+        self._in_flight: deque[tuple[Any, Any, Step]] = deque()
         self._device_free_s = 0.0
 
     def add(self, *requests: Request) -> None:
         for one in requests:
             self.streams[one.request_id] = []
+            self.times_s[one.request_id] = []
             self.scheduler.add_request(one)
 
     def abort(self, request_id: str) -> None:
@@ -211,16 +228,22 @@ class Engine:
         self.steps.append(scheduled)
         tokens = sum(scheduled.values())
         took_s = (5.0 + self.token_ms * tokens) / 1e3 if tokens else _EMPTY_STEP_S
-        self._device_free_s = max(self._device_free_s, self.clock.now_s) + took_s
-        self._in_flight.append((output, self._worker.execute(output), self._device_free_s))
+        start_s = max(self._device_free_s, self.clock.now_s)
+        self._device_free_s = start_s + took_s
+        books = getattr(self.scheduler, "_books", None)
+        plan = books._plan if books is not None else None
+        step = Step(scheduled, plan, start_s, self._device_free_s)
+        self._in_flight.append((output, self._worker.execute(output), step))
         self.clock.now_s += 0.0001
         return scheduled
 
-    def _finish(self, output: Any, result: Any, end_s: float) -> None:
-        self.clock.now_s = max(self.clock.now_s, end_s)
+    def _finish(self, output: Any, result: Any, step: Step) -> None:
+        self.clock.now_s = max(self.clock.now_s, step.end_s)
+        self.ended.append(step)
         answers = self.scheduler.update_from_output(output, result)
         for one in (one for client in answers.values() for one in client.outputs):
             self.streams[one.request_id] += one.new_token_ids
+            self.times_s[one.request_id] += [self.clock.now_s] * len(one.new_token_ids)
             if one.finish_reason is not None:
                 self.reasons[one.request_id] = str(one.finish_reason)
 

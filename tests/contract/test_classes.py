@@ -21,8 +21,10 @@ from xllm_plugins.status import engine_status
 from xllm_scheduler import plugin
 from xllm_scheduler.config import SchedulerSection
 from xllm_scheduler.engine import scheduler as scheduler_module
-from xllm_scheduler.engine.policy import ElasticPolicy, StepPlan, StepView
-from xllm_scheduler.engine.scheduler import elastic_class, is_online, served
+from xllm_scheduler.engine.books import is_online, served
+from xllm_scheduler.engine.elastic import ElasticPolicy
+from xllm_scheduler.engine.policy import StepPlan, StepView
+from xllm_scheduler.engine.scheduler import elastic_class
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_model")]
 
@@ -77,7 +79,7 @@ def test_arguments_that_nobody_refused_before_are_served_as_online_with_a_warnin
 def test_a_request_that_came_past_add_request_is_online(base: type, clock: Clock) -> None:
     engine = Engine(build(elastic_class(base)), clock)
     unknown = request("unknown", xargs=OFFLINE)
-    engine.streams["unknown"] = []
+    engine.streams["unknown"], engine.times_s["unknown"] = [], []
     base.add_request(engine.scheduler, unknown)  # type: ignore[attr-defined]
     engine.add(request("offline", xargs=OFFLINE))
     assert served(unknown) is None
@@ -107,7 +109,7 @@ def test_counts_follow_what_happened(base: type, clock: Clock) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("kinds", [("online", "offline"), ("offline", "online"), ("online",) * 2])
+@pytest.mark.parametrize("kinds", [("offline", "online"), ("online",) * 2])
 def test_when_kv_runs_out_an_offline_request_loses_it_first(
     base: type, kinds: tuple[str, str], clock: Clock
 ) -> None:
@@ -115,6 +117,8 @@ def test_when_kv_runs_out_an_offline_request_loses_it_first(
     for index, kind in enumerate(kinds):
         one = request(kind + str(index), [index] * 16, max_tokens=12, xargs={"xllm_class": kind})
         engine.add(one)
+        for _ in range(2):
+            engine.step()  # both run before blocks lack
     engine.run()
     lost = "offline" if "offline" in kinds else "online"
     assert _counted(engine, "preempted") == {"online": 0, "offline": 0} | {lost: 1}
@@ -123,11 +127,20 @@ def test_when_kv_runs_out_an_offline_request_loses_it_first(
 
 
 @BOTH
+def test_offline_work_leaves_blocks_for_online_growth(base: type, clock: Clock) -> None:
+    engine = Engine(build(elastic_class(base), blocks=12), clock)
+    engine.add(request("online", [0] * 16, max_tokens=12))
+    engine.add(request("offline", [1] * 16, max_tokens=12, xargs=OFFLINE))
+    engine.run()
+    assert _counted(engine, "preempted") == {"online": 0, "offline": 0}
+    assert engine.streams["offline"] == completion([1] * 16, 12)
+
+
+@BOTH
 def test_held_steps_are_counted(base: type, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     def hold_b(self: ElasticPolicy, view: StepView) -> StepPlan:
-        return StepPlan(
-            view.max_tokens, held=frozenset({"b"}) if len(view.running) > 1 else frozenset()
-        )
+        both = len(view.online.due_s) + len(view.offline.ids) > 1
+        return StepPlan(view.max_tokens, held=frozenset({"b"}) if both else frozenset())
 
     monkeypatch.setattr(ElasticPolicy, "plan", hold_b)
     engine = Engine(build(elastic_class(base)), clock)

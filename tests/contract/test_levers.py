@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +36,7 @@ class Scripted(StepPolicy):
 
     def plan(self, view: StepView) -> StepPlan:
         self.view = view
-        return dataclasses.replace(StepPlan(view.max_tokens), **self.changes)
+        return StepPlan(view.max_tokens)._replace(**self.changes)
 
     @hookimpl
     def xllm_policies(self) -> list[Policy]:
@@ -156,14 +155,15 @@ def test_the_policy_sees_the_requests_as_vllm_will_schedule_them(
     for _ in range(6):
         scheduled = engine.step()
         assert script.view is not None
-        seen = (*script.view.running, *script.view.waiting)
-        left = script.view.max_tokens
-        for one in seen:
+        view = script.view
+        left = view.max_tokens - view.online.tokens - sum(view.offline.new_tokens)
+        assert sum(scheduled[name] for name in view.offline.ids) == sum(view.offline.new_tokens)
+        for one in (*view.prefills, *view.waiting):
             expected = min(one.new_tokens, left)
             left -= expected
             assert scheduled.get(one.request_id, 0) == expected
-            assert one.decoding == (one.running and one.new_tokens <= 1)
-    assert [one.request_id for one in seen] == ["b", "a"]
+        assert sum(scheduled.values()) == view.max_tokens - left
+    assert (view.online.tokens, view.offline.ids) == (1, ["a"])
 
 
 @BOTH

@@ -12,13 +12,13 @@ import pytest
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "shortest_first"
 
-# Two offline prompts under way, and time in the step for 100 tokens of them.
+# Two offline prompts under way, and a budget of 100 tokens for the step.
 PLAN = """
 import json, math
 from xllm_plugins.activation import load_settings
 from xllm_plugins.latency import StepTime
 from xllm_plugins.manager import registry
-from xllm_scheduler.engine.policy import RequestView, StepView
+from xllm_scheduler.engine.policy import PrefillView, StepView
 
 section = load_settings({}).sections["scheduler"]
 for feature in registry().features().values():
@@ -26,13 +26,13 @@ for feature in registry().features().values():
 policy = registry().policy("scheduler.step", section.policy).factory(section)
 
 def offline(name, tokens):
-    return RequestView(name, False, True, math.inf, tokens, 0, False)
+    return PrefillView(name, False, True, math.inf, tokens)
 
 view = StepView(
     start_s=0.0,
     max_tokens=100,
     step_time=StepTime(base=1.0, token=0.1, ready=True),
-    running=(offline("long", 900), offline("short", 80)),
+    prefills=[offline("long", 900), offline("short", 80)],
 )
 plan = policy.plan(view)
 print(json.dumps([type(policy).__name__, plan.chunk_tokens, sorted(plan.held)]))
@@ -65,7 +65,7 @@ def test_it_is_one_module_and_its_metadata(site: Path) -> None:
 @pytest.mark.parametrize(
     ("policy", "plan"),
     [
-        ("elastic", ["ElasticPolicy", {"long": 100}, ["short"]]),
+        ("elastic", ["ElasticPolicy", {"long": 100, "short": 0}, []]),
         ("shortest-first", ["ShortestFirst", {"long": 20}, []]),
     ],
 )

@@ -22,6 +22,7 @@ SEAM = (
     Target(f"{_SCHEDULER}.update_from_output", ("self", "scheduler_output", "model_runner_output")),
     Target(f"{_SCHEDULER}._preempt_request", ("self", "request", "timestamp")),
     Target(f"{_SCHEDULER}._free_request", ("self", "request")),
+    Target(f"{_SCHEDULER}._update_request_as_session", ("self", "session", "update")),
     Target(
         f"{_SCHEDULER}._reserve_prefill_lookahead",
         ("self", "request", "num_computed_tokens", "num_new_tokens"),
@@ -130,6 +131,33 @@ def idle_experts(vllm_config: Any) -> float:
     if not experts or not isinstance(chosen, int) or not 0 < chosen <= experts:
         return 1.0
     return 1.0 - chosen / float(experts)
+
+
+def most_step_tokens(scheduler: Any) -> int:
+    """The most tokens of one prompt that vLLM computes in a step."""
+    budget: int = scheduler.max_num_scheduled_tokens
+    threshold: int = scheduler.scheduler_config.long_prefill_token_threshold
+    requests = len(scheduler.running) + len(scheduler.waiting)
+    if threshold <= 0 or requests <= 1:
+        return budget
+    if getattr(scheduler, "adaptive_long_prefill_threshold", False):
+        threshold = max(threshold, scheduler.scheduler_config.max_num_batched_tokens // requests)
+    return min(budget, threshold)
+
+
+def is_remote(request: Any) -> bool:
+    """Whether another instance has computed the prompt, so that its KV is fetched."""
+    return bool((request.kv_transfer_params or {}).get("do_remote_prefill"))
+
+
+def is_ready(request: Any) -> bool:
+    """Whether a waiting request waits for nothing but its admission."""
+    return request.status.name in ("WAITING", "PREEMPTED")
+
+
+def by_priority(scheduler: Any) -> bool:
+    """Whether vLLM orders and preempts requests by their priority."""
+    return bool(scheduler.policy.value == "priority")
 
 
 def is_paused(scheduler: Any) -> bool:

@@ -15,7 +15,7 @@ from xllm_scheduler.engine.policy import Late, StepPlan
 
 _BY_CLASS = ("class",)
 _NEWEST_PROMPT, _NEWEST_GAP = 0.1, 0.2
-_RECENT = 0.02  # of the newest request in the recent attainment
+_RECENT = 0.05  # of the newest request in the recent attainment
 
 METRICS = (
     Metric("scheduler_requests", "counter", "Requests taken in.", _BY_CLASS),
@@ -27,7 +27,7 @@ METRICS = (
     Metric("scheduler_ttft_seconds", "counter", "Sum of times to first token.", _BY_CLASS),
     Metric("scheduler_tpot_seconds", "counter", "Sum of mean times per output token.", _BY_CLASS),
     Metric("scheduler_slo_met", "counter", "Finished online requests that met both SLOs."),
-    Metric("scheduler_attainment_ratio", "gauge", "Recent share of them, of about 50 requests."),
+    Metric("scheduler_attainment_ratio", "gauge", "Recent share of them, of about 20 requests."),
     Metric("scheduler_slack_seconds", "gauge", "Time left for the step that was planned last."),
     Metric(
         "scheduler_budget_used_ratio", "gauge", "Share of that time that the plan makes use of."
@@ -79,7 +79,7 @@ def due_s(request: Any) -> float:
     record = served(request)
     if record is None:
         return 0.0
-    if record.first_token_s is None:
+    if record.first_token_s is None or not record.online:
         return record.first_due_s
     return record.first_token_s + float(request.num_output_tokens) * record.tpot_s
 
@@ -121,7 +121,12 @@ class Demand:
 
 
 class Books:
-    """Counts by class. ``now_s`` is the end of the step whose output is being taken in."""
+    """Counts by class.
+
+    Attributes:
+        now_s: the end of the step whose output is being taken in.
+        attainment: the share of recent online requests that met both SLOs.
+    """
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -130,7 +135,7 @@ class Books:
         self._tpot_s: defaultdict[str, float] = defaultdict(float)
         self._late: Counter[Late] = Counter()
         self._slo_met = 0
-        self._attainment = 1.0
+        self.attainment = 1.0
         self._steps = 0
         self._policy_s = 0.0
         self._plan = StepPlan(0)
@@ -169,7 +174,7 @@ class Books:
         if record.online:
             met = record.first_token_s <= record.first_due_s and tpot_s <= record.tpot_s
             self._slo_met += met
-            self._attainment += _RECENT * (met - self._attainment)
+            self.attainment += _RECENT * (met - self.attainment)
 
     def samples(
         self, queues: Sequence[Any], running: Iterable[Any], step_time: StepTime
@@ -197,7 +202,7 @@ class Books:
         return [
             *samples,
             Sample("scheduler_slo_met", self._slo_met),
-            Sample("scheduler_attainment_ratio", self._attainment),
+            Sample("scheduler_attainment_ratio", self.attainment),
             Sample("scheduler_slack_seconds", target_ms / 1e3 if bound else 0.0),
             Sample(
                 "scheduler_budget_used_ratio", self._plan.planned_ms / target_ms if bound else 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
@@ -75,10 +74,6 @@ class DeadlineLane(RequestQueue):  # type: ignore[misc]
         gone = {id(request) for request in requests}
         self._timely = [entry for entry in self._timely if id(entry[2]) not in gone]
         self._late = [entry for entry in self._late if id(entry[2]) not in gone]
-
-    def head(self, most: int) -> list[Request]:
-        """The next requests, roughly as they would be admitted."""
-        return list(islice(self, most))
 
     def __bool__(self) -> bool:
         return bool(self._timely or self._late)
@@ -159,13 +154,12 @@ class ClassQueue(RequestQueue):  # type: ignore[misc]
         return len(self._online if online else self._offline)
 
     def head(self, online: bool, most: int) -> list[Request]:
-        """The first requests of one lane; of a heap only the very first, which costs nothing."""
-        lane = self._online if online else self._offline
-        if not lane or not most:
-            return []
-        if isinstance(lane, DeadlineLane):
-            return lane.head(most)
-        return list(islice(lane, most)) if isinstance(lane, deque) else [lane.peek_request()]
+        """The first requests of one lane."""
+        return list(islice(self._online if online else self._offline, most)) if most > 0 else []
+
+    def __getitem__(self, index: int) -> Request:
+        # vLLM's queue for first come, first served is a deque, which can be indexed.
+        return list(self)[index]
 
     def __bool__(self) -> bool:
         return bool(self._online) or (self.offline_open and bool(self._offline))

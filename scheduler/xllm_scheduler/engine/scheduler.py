@@ -40,7 +40,7 @@ else:
 
 logger = logging.getLogger("vllm.xllm_scheduler")
 
-_WINDOW = 8  # how many waiting requests of a class a step looks at
+_WINDOW = 64  # how many waiting requests of a class a step looks at
 
 
 class ElasticMixin(_Base):  # type: ignore[misc]
@@ -54,7 +54,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         self._section = section
         self._policy = registry().policy(POLICY_KIND, section.policy).factory(section)
         self._policy_failure = ""
-        self._can_cap = levers.Lever.CHUNK in levers.effective_levers(type(self).__mro__[2])
+        self._can_cap = levers.Lever.CHUNK in levers.effective_levers(_base_of(type(self)))
         self._model = StepTimeModel(levers.idle_experts(self.vllm_config))
         self._profile = Profile(
             section.profile, section.profile_dir, profile_key(self.vllm_config), self._model
@@ -66,20 +66,28 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         self._hide_waiting = False
         self._first_token_pending: dict[str, Request] = {}
         self._offline_here = False
-        self._offline_ran_s = 0.0  # when offline work was last computed, or there was none
+        self._offline_ran_s = (
+            time.monotonic()
+        )  # when offline work was last computed, or there was none
         self._demand = Demand()
         self._books = Books()
         register_reporter("scheduler", self.xllm_report)
 
     def add_request(self, request: Request) -> None:
         """Classify the request, then let vLLM queue it."""
-        session = self.requests.get(request.request_id)
-        request.xllm = self._served(request)
-        self._books.count("requests", request)
-        if session is not None:  # the next part of a streaming session has SLOs of its own
-            session.xllm = request.xllm
-            self._first_token_pending[session.request_id] = session
+        # What continues a streaming session is no request of its own: see below.
+        if request.request_id not in self.requests:
+            self._take_in(request)
+            if levers.by_priority(self) and not is_online(request):
+                # vLLM preempts by this number alone; no online request may be its first choice.
+                most = self._section.offline_above_priority
+                request.priority = max(request.priority, most + 1)
         super().add_request(request)
+
+    def _update_request_as_session(self, session: Request, update: Any) -> None:
+        super()._update_request_as_session(session, update)
+        self._take_in(session)
+        self._first_token_pending[session.request_id] = session
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Shape the step by the policy's plan, let vLLM schedule it, and restore."""
@@ -167,7 +175,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         online = DeadlineLane(due_s) if isinstance(lane, deque) else lane
         return ClassQueue(online, new_lane(), is_online)
 
-    def _served(self, request: Request) -> Served:
+    def _take_in(self, request: Request) -> Served:
         params = request.sampling_params
         xargs = (params.extra_args or {}) if params is not None else {}
         try:
@@ -179,7 +187,10 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         now_s = time.monotonic()
         if service.online:
             self._demand.arrived(request.num_prompt_tokens, now_s)
-        return Served.of(service, now_s - max(0.0, time.time() - request.arrival_time))
+        record = Served.of(service, now_s - max(0.0, time.time() - request.arrival_time))
+        request.xllm = record
+        self._books.count("requests", request)
+        return record
 
     def _plan(self, now_s: float) -> StepPlan:
         plain = StepPlan(self.max_num_scheduled_tokens)
@@ -188,11 +199,20 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             return plain
         try:
             view = self._view(now_s)
-            return self._policy.plan(view) if view is not None else plain
+            if view is None:
+                return plain
+            plan: StepPlan = self._policy.plan(view)
+            return self._without_waiting(plan, view) if self._hide_waiting else plan
         except Exception as error:
             self._policy_failure = f"{type(error).__name__}: {error}"
             logger.exception("The step policy failed; from now on vLLM schedules alone.")
             return plain
+
+    def _without_waiting(self, plan: StepPlan, view: StepView) -> StepPlan:
+        running = view.online.tokens + sum(view.offline.new_tokens)
+        running += sum(request.new_tokens for request in view.prefills)
+        most = max(1, min(plan.max_tokens, running))
+        return plan._replace(max_tokens=most, admit_offline=False)
 
     def _view(self, now_s: float) -> StepView | None:
         """What the policy decides on; None if there is nothing to decide."""
@@ -200,15 +220,19 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         offline: list[Request] = []
         prefills: list[Request] = []
         moved = False
+        if levers.by_priority(self):
+            # vLLM must find its victims behind those that it has scheduled in the same step.
+            self.running.sort(key=lambda r: (r.priority, r.arrival_time))
         for request in self.running:
-            if request.xllm.online:
+            record = getattr(request, "xllm", None) or self._take_in(request)
+            if record.online:
                 moved = moved or bool(offline)
                 online.append(request)
             else:
                 offline.append(request)
             if request.is_prefill_chunk:
                 prefills.append(request)
-        if moved:
+        if moved and not levers.by_priority(self):
             # vLLM serves the first first and preempts the last first.
             self.running[:] = online + offline
         self._offline_here = bool(offline) or any(queue.count(False) for queue in self._queues)
@@ -243,22 +267,25 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             online_prompt_tokens=self._demand.prompt_tokens,
             online_output_tokens=self._demand.output_tokens,
             online_rate=self._demand.rate(now_s),
+            attainment=self._books.attainment,
             victims=views.victims(self, offline) if preempts else (),
         )
 
     def _first_waiting(self, now_s: float, free_slots: int) -> list[Request]:
         if self._hide_waiting or levers.is_paused(self):
             return []
-        online = min(_WINDOW, max(1, free_slots))
-        offline = min(_WINDOW, max(0, free_slots))
-        for queue in self._queues:
-            queue.turn(now_s)
-        return [
-            request
-            for is_for_online, most in ((True, online), (False, offline))
-            for queue in self._queues
-            for request in queue.head(is_for_online, most)
-        ]
+        shown: list[Request] = []
+        for online in (True, False):
+            # One that finds no slot is shown as well: others may be preempted for it.
+            most = min(_WINDOW, max(int(online), free_slots - len(shown)))
+            tokens = self.max_num_scheduled_tokens
+            for queue in self._queues:
+                queue.turn(now_s)
+                for request in queue.head(online, most):
+                    if tokens > 0 and levers.is_ready(request):
+                        shown.append(request)
+                        tokens -= request.num_tokens - request.num_computed_tokens
+        return shown
 
     def _launched(self, output: Any, plan: StepPlan) -> None:
         scheduled, requests = output.num_scheduled_tokens, self.requests
@@ -275,7 +302,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         )
         shape = StepShape()
         decodes = context = 0
-        offline_ran = False
+        offline_ran, offline_here = False, self._offline_here
         for request_id, tokens in scheduled.items():
             request = requests[request_id]
             # vLLM has already advanced it by the tokens of this step.
@@ -285,11 +312,17 @@ class ElasticMixin(_Base):  # type: ignore[misc]
                 context += computed
             else:
                 shape = shape.with_chunk(tokens, max(0, computed))
-            offline_ran = offline_ran or not request.xllm.online
+            if offline_here and not offline_ran:
+                offline_ran = not is_online(request)
         now_s = time.monotonic()
         if offline_ran:
             self._offline_ran_s = now_s
         self._clock.launched(id(output), shape.with_decodes(decodes, context), now_s)
+
+
+def _base_of(cls: type) -> type:
+    mro = cls.__mro__
+    return mro[mro.index(ElasticMixin) + 1]
 
 
 @functools.cache

@@ -59,28 +59,30 @@ def offline_decodes(requests: Sequence[Any]) -> OfflineDecodes:
 
 def running_prefill(scheduler: Any, request: Any) -> PrefillView:
     """A running request whose prompt is not computed yet."""
-    online = is_online(request)
     computed = request.num_computed_tokens
     return PrefillView(
         request_id=request.request_id,
-        online=online,
+        online=is_online(request),
         running=True,
         due_s=due_s(request),
         new_tokens=request.num_tokens_with_spec + request.num_output_placeholders - computed,
         context_tokens=computed,
+        step_tokens=levers.most_step_tokens(scheduler),
         splittable=_splittable(scheduler, request),
     )
 
 
 def waiting_prefill(scheduler: Any, request: Any) -> PrefillView:
     """A request that waits; what the prefix cache holds of it is not known yet."""
+    computed = request.num_computed_tokens
     return PrefillView(
         request_id=request.request_id,
         online=is_online(request),
         running=False,
         due_s=due_s(request),
-        new_tokens=request.num_tokens - request.num_computed_tokens,
-        context_tokens=request.num_computed_tokens,
+        new_tokens=1 if levers.is_remote(request) else request.num_tokens - computed,
+        context_tokens=computed,
+        step_tokens=levers.most_step_tokens(scheduler),
         splittable=_splittable(scheduler, request),
         blocks=levers.missing_blocks(scheduler, request),
     )

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
+from itertools import product
 
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from xllm_plugins.latency import StepShape, StepTime, StepTimeModel
+from xllm_plugins.latency import (
+    TERMS,
+    StepShape,
+    StepTime,
+    StepTimeModel,
+    _non_negative_solution,
+)
 
 # About a 1.5B model on a few CPU cores.
 TRUE = StepTime(base=4.0, token=0.02, square=1e-6, cross=2e-6, decode=0.1, context=1e-5, ready=True)
@@ -53,7 +62,7 @@ def test_a_shape_sums_prefill_and_decode_terms() -> None:
     assert shape.prefill_squares == 100 * 100 + 50 * 50
     assert shape.prefill_cross == 100 * 1000
     assert (shape.decodes, shape.decode_context) == (2, 300 + 500)
-    assert shape.terms().tolist() == [1, 150, 12500, 100000, 2, 800]
+    assert shape.terms().tolist() == [1, 150, 12500, 100000, 2, 800, 0]
     assert not shape.is_empty
     assert shape_of((0, 900)).is_empty
 
@@ -119,7 +128,7 @@ def test_a_time_that_cannot_be_is_refused(measured_ms: float) -> None:
 
 def test_it_recovers_the_coefficients_of_exact_steps() -> None:
     found = learned([(s, TRUE.step_ms(s)) for s in steps(400)]).current
-    assert astuple(found)[:6] == pytest.approx(astuple(TRUE)[:6], rel=0.05)
+    assert astuple(found)[:TERMS] == pytest.approx(astuple(TRUE)[:TERMS], rel=0.05)
     assert worst_error(found) < 0.001
     assert found.error < 0.01
 
@@ -162,7 +171,7 @@ def test_coefficients_are_never_negative_whatever_is_measured(
     times_ms: list[float], seed: int
 ) -> None:
     found = learned(list(zip(steps(len(times_ms), seed), times_ms, strict=True))).current
-    assert min(astuple(found)[:6]) >= 0.0
+    assert min(astuple(found)[:TERMS]) >= 0.0
     assert 0.0 <= found.error <= 1.0
 
 
@@ -174,3 +183,84 @@ def test_golden_the_quadratic_of_xllms_time_predictor() -> None:
     assert found.square == pytest.approx(0.5, rel=1e-3)
     assert found.base == pytest.approx(0.0, abs=0.01)
     assert found.step_ms(shape_of((10, 0))) == pytest.approx(150.0, rel=1e-3)
+
+
+def test_it_learns_what_reading_experts_costs() -> None:
+    true = replace(TRUE, experts=30.0, idle_experts=0.9375)
+    model = StepTimeModel(idle_experts=0.9375)
+    for count, shape in enumerate(steps(400)):
+        few = StepShape().with_decodes(1 + count % 24, 100 * (count % 24))
+        for one in (shape, few):
+            model.observe(one, true.step_ms(one))
+    assert worst_error(model.current, true) < 0.01
+    assert model.current.experts == pytest.approx(30.0, rel=0.05)
+    assert model.current.idle_experts == 0.9375
+
+
+@pytest.mark.parametrize(("tokens", "share"), [(0, 0.0), (1, 0.25), (2, 0.4375), (10_000, 1.0)])
+def test_more_tokens_touch_more_experts(tokens: int, share: float) -> None:
+    time = StepTime(experts=8.0, idle_experts=0.75)
+    assert time.experts_ms(tokens) == pytest.approx(8.0 * share)
+    shape = StepShape().with_decodes(tokens, 0)
+    assert time.step_ms(shape) == pytest.approx(8.0 * share)
+    assert shape.terms(0.75)[-1] == pytest.approx(share)
+
+
+def test_a_dense_model_has_no_experts_to_read() -> None:
+    found = learned([(s, TRUE.step_ms(s)) for s in steps(100)]).current
+    assert found.experts == 0.0
+    assert found.experts_ms(100) == 0.0
+
+
+def test_it_knows_the_largest_prefill_that_it_has_seen() -> None:
+    measured = [(s, TRUE.step_ms(s)) for s in steps(64)]
+    assert learned(measured).current.most_prefill_tokens == max(
+        shape.prefill_tokens for shape, _ in measured
+    )
+
+
+def test_a_restored_model_predicts_as_the_saved_one_and_learns_on() -> None:
+    before = learned([(s, TRUE.step_ms(s)) for s in steps(300)])
+    after = StepTimeModel()
+    after.restore(json.loads(json.dumps(before.saved())))
+    assert after.current == before.current
+    assert after.steps == 50
+    for shape in steps(300, seed=5):
+        after.observe(shape, 2.0 * TRUE.step_ms(shape))
+    assert worst_error(after.current, scale=2.0) < 0.05
+
+
+def test_what_was_not_learned_yet_is_not_saved() -> None:
+    assert StepTimeModel().saved() == {}
+
+
+@given(
+    st.lists(st.lists(st.floats(0.0, 10.0), min_size=TERMS, max_size=TERMS), min_size=1),
+    st.lists(st.floats(-5.0, 5.0), min_size=TERMS, max_size=TERMS),
+    st.lists(st.booleans(), min_size=TERMS, max_size=TERMS),
+)
+def test_the_solution_is_the_best_over_all_active_sets(
+    rows: list[list[float]], wish: list[float], start: list[bool]
+) -> None:
+    terms = np.array(rows).round(3)
+    gram, moment = terms.T @ terms, terms.T @ (terms @ np.array(wish))
+    found = _non_negative_solution(gram, moment, np.array(start, dtype=np.float64))
+
+    scale = np.sqrt(np.diag(gram))
+    used = scale > 0.0
+    norm = np.where(used, scale, 1.0)
+    ridged = gram / np.outer(norm, norm) + 1e-6 * np.eye(TERMS)
+    target = moment / norm
+
+    def loss(x: NDArray[np.float64]) -> float:
+        return float(x @ ridged @ x / 2.0 - target @ x)
+
+    best = 0.0
+    for chosen in product([False, True], repeat=TERMS):
+        free = np.flatnonzero(np.array(chosen) & used)
+        trial = np.zeros(TERMS)
+        trial[free] = np.linalg.solve(ridged[np.ix_(free, free)], target[free])
+        if (trial >= 0.0).all():
+            best = min(best, loss(trial))
+    assert (found >= 0.0).all()
+    assert loss(found * norm) == pytest.approx(best, rel=1e-6, abs=1e-6)

@@ -22,7 +22,10 @@ REFUSED: dict[str, tuple[str, list[Any]]] = {
     "priority_tier_factor": SHARE,
     "online_share": SHARE,
     "idle_step_share": SHARE,
-    "margin_steps": ("a number at least 0 and at most 2", [-0.1, 2.1, float("nan"), True, "1", None]),
+    "margin_steps": (
+        "a number at least 0 and at most 2",
+        [-0.1, 2.1, float("nan"), True, "1", None],
+    ),
     "offline_floor": ("a number at least 0 and at most 1", [-0.1, 1.1, float("nan"), True, "0"]),
     "offline_ageing_s": POSITIVE,
     "profile": ("a text", [1, True, None, ["a"]]),

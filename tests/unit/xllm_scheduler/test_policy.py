@@ -3,282 +3,654 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from xllm_plugins.latency import StepTime
+from xllm_plugins.latency import StepShape, StepTime
 from xllm_scheduler.config import SchedulerSection
-from xllm_scheduler.engine.policy import ElasticPolicy, RequestView, StepPlan, StepView
-
-# A step takes 10 ms, and 0.5 ms for each prefill token, and 1 ms for each decode. With an error
-# of 0 the margin is at its least, 5 %.
-TIME = StepTime(base=10.0, token=0.5, decode=1.0, error=0.0, ready=True)
-SECTION = SchedulerSection(
-    ttft_ms=2000.0, tpot_ms=100.0, online_share=0.9, idle_step_share=0.25, offline_hold_ms=2000.0
+from xllm_scheduler.engine.elastic import ElasticPolicy
+from xllm_scheduler.engine.policy import (
+    Late,
+    OfflineDecodes,
+    OnlineDecodes,
+    PrefillView,
+    StepPlan,
+    StepView,
+    Victim,
 )
+
+# A step takes 10 ms, and 0.5 ms for each prefill token, and 1 ms for each decode.
+TIME = StepTime(base=10.0, token=0.5, decode=1.0, error=0.0, ready=True, most_prefill_tokens=4096)
+COLD = StepTime()
+# The margin is 50 ms, half a TPOT; a step without online work lasts at most 500 ms.
+SECTION = SchedulerSection(
+    ttft_ms=2000.0,
+    tpot_ms=100.0,
+    online_share=0.9,
+    margin_steps=0.5,
+    idle_step_share=0.25,
+    offline_floor=0.02,
+    offline_ageing_s=30.0,
+)
+MARGIN_MS = 50.0
 NOW_S = 50.0
 
 
-def request(name: str, due_ms: float, prefill: int, **changes: Any) -> RequestView:
-    """A running request; with no ``prefill`` it decodes. Finite ``due_ms`` makes it online."""
-    is_online = math.isfinite(due_ms)
-    values: dict[str, Any] = {
-        "online": is_online,
-        "running": True,
-        "due_s": NOW_S + due_ms / 1e3,
-        "new_tokens": prefill or 1,
-        "context_tokens": 0 if prefill else 100,
-        "decoding": not prefill,
-        "tpot_ms": 100.0 if is_online else math.inf,
-        "splittable": bool(prefill),
-    }
-    return RequestView(name, **(values | changes))
+def online(*due_ms: float, produced: int = 1000, tpot_ms: float = 100.0) -> OnlineDecodes:
+    """Online requests that generate; so long already that their margin has built up."""
+    count = len(due_ms)
+    return OnlineDecodes(
+        due_s=[NOW_S + due / 1e3 for due in due_ms],
+        produced=[produced] * count,
+        tpot_ms=[tpot_ms] * count,
+        shape=StepShape(decodes=count),
+        tokens=count,
+    )
 
 
-def online(name: str, due_ms: float, prefill: int = 0, **changes: Any) -> RequestView:
-    return request(name, due_ms, prefill, **changes)
+def offline(*new_tokens: int) -> OfflineDecodes:
+    """Offline requests that generate, ``off0``, ``off1`` and so on."""
+    count = len(new_tokens)
+    return OfflineDecodes([f"off{i}" for i in range(count)], [0] * count, new_tokens)
 
 
-def offline(name: str, prefill: int = 0, **changes: Any) -> RequestView:
-    return request(name, math.inf, prefill, **changes)
+def prompt(name: str, tokens: int, due_ms: float = math.inf, **changes: Any) -> PrefillView:
+    """A running request in prefill. A finite ``due_ms`` makes it online."""
+    return PrefillView(
+        name,
+        online=math.isfinite(due_ms),
+        running=True,
+        due_s=NOW_S + due_ms / 1e3,
+        new_tokens=tokens,
+    )._replace(**changes)
 
 
-def view_of(*requests: RequestView, now_s: float = NOW_S, **changes: Any) -> StepView:
-    values: dict[str, Any] = {"max_tokens": 4096, "step_time": TIME} | changes
-    running = tuple(r for r in requests if r.running)
-    waiting = tuple(r for r in requests if not r.running)
-    return StepView(start_s=now_s, running=running, waiting=waiting, **values)
+def new_prompt(name: str, tokens: int, due_ms: float = math.inf, **changes: Any) -> PrefillView:
+    """A waiting request."""
+    return prompt(name, tokens, due_ms, **{"running": False, **changes})
 
 
-def plan(*requests: RequestView, **changes: Any) -> StepPlan:
-    return ElasticPolicy(SECTION).plan(view_of(*requests, **changes))
+def plan(section: SchedulerSection = SECTION, **view: Any) -> StepPlan:
+    values = {"start_s": NOW_S, "max_tokens": 4096, "step_time": TIME, **view}
+    return ElasticPolicy(section).plan(StepView(**values))
 
 
-@pytest.mark.parametrize("step_time", [TIME, StepTime()])
-def test_online_alone_is_left_to_vllm(step_time: StepTime) -> None:
-    requests = [online("late", -500), online("new", 900, prefill=3000, running=False)]
-    assert plan(*requests, step_time=step_time) == StepPlan(4096)
+def target_ms(**view: Any) -> float:
+    """How long a step may take into which an endless offline prompt would like to go."""
+    return plan(prefills=[prompt("off", 4000)], **view).target_ms
 
 
-def test_offline_decodes_run_beside_online_where_there_is_time() -> None:
-    found = plan(online("on", 1000), offline("a"), offline("b"))
-    assert found == StepPlan(3, admit_offline=False, target_ms=90.0)  # 0.9 of the TPOT
+def step_ms(**view: Any) -> float:
+    """How long such a step takes."""
+    return plan(prefills=[prompt("off", 4000)], **view).planned_ms
 
 
-def test_offline_decodes_that_would_make_online_late_are_held() -> None:
-    # 20.9 ms less 5 % are 19.9 ms: 10 + 1 online + 8 offline.
-    found = plan(online("on", 20.9), *(offline(f"off{i}") for i in range(10)))
-    assert found.held == {"off8", "off9"}
-    assert found.max_tokens == 9
+# Online work alone
 
 
-def test_an_offline_prefill_gets_the_chunk_that_fits() -> None:
-    # Target 90 ms: 10 + 1 online + 158 tokens of 0.5 ms.
-    found = plan(online("on", 1000), offline("off", prefill=1000))
-    assert found.chunk_tokens == {"off": 158}
-    assert found.max_tokens == 159
+@pytest.mark.parametrize("step_time", [TIME, COLD])
+@pytest.mark.parametrize("due_ms", [-500.0, 20.0, 1000.0])
+def test_online_decodes_alone_are_left_to_vllm(step_time: StepTime, due_ms: float) -> None:
+    found = plan(online=online(due_ms), step_time=step_time)
+    assert found._replace(target_ms=math.inf, planned_ms=0.0, late=None) == StepPlan(4096)
+    assert found.late is (None if found.planned_ms <= found.target_ms else Late.ONLINE)
+
+
+def test_online_prompts_that_fit_are_left_to_vllm() -> None:
+    found = plan(online=online(1000), waiting=[new_prompt("on", 100, due_ms=1500)])
+    assert found == StepPlan(4096, target_ms=found.target_ms, planned_ms=10 + 1 + 50)
+    assert found.target_ms == pytest.approx(950.0)
+
+
+def test_online_prompts_go_by_deadline() -> None:
+    calm, urgent = new_prompt("calm", 80, due_ms=900), new_prompt("urgent", 80, due_ms=500)
+    assert plan(waiting=[calm, urgent], max_tokens=100).chunk_tokens == {"calm": 20}
+
+
+def test_a_prompt_that_is_late_already_goes_after_those_that_are_not() -> None:
+    late, timely = new_prompt("late", 80, due_ms=-1), new_prompt("timely", 80, due_ms=900)
+    assert plan(waiting=[late, timely], max_tokens=100).chunk_tokens == {"late": 20}
+
+
+def test_a_prompt_that_has_nothing_to_compute_now_stops_no_offline_work() -> None:
+    found = plan(prefills=[prompt("on", 0, due_ms=1000), prompt("off", 500)], offline=offline(1))
+    assert (found.held, found.chunk_tokens) == (frozenset(), {})
+
+
+# How long a step may take
+
+
+@pytest.mark.parametrize(("due_ms", "left_ms"), [([140], 90), ([1000, 140], 90), ([40], -10)])
+def test_a_step_ends_a_margin_before_the_next_online_token_is_due(
+    due_ms: Sequence[float], left_ms: float
+) -> None:
+    assert target_ms(online=online(*due_ms)) == pytest.approx(left_ms)
+
+
+@pytest.mark.parametrize(("produced", "margin_ms"), [(0, 0), (1, 10), (3, 30), (5, 50), (99, 50)])
+def test_the_margin_grows_by_a_tenth_of_the_tpot_with_each_token(
+    produced: int, margin_ms: float
+) -> None:
+    found = target_ms(online=online(140, produced=produced))
+    assert found == pytest.approx(140 - margin_ms)
+
+
+def test_the_margin_is_counted_in_steps_of_the_strictest_tpot() -> None:
+    mixed = online(140, 140)._replace(tpot_ms=[100.0, 40.0])
+    assert target_ms(online=mixed) == pytest.approx(140 - 20)
+    assert target_ms(online=online(70, tpot_ms=40.0)) == pytest.approx(70 - 20)
+
+
+@pytest.mark.parametrize(
+    ("error", "margin_ms"), [(0.0, 50), (0.05, 50), (0.1, 60), (0.3, 100), (0.8, 200), (1.0, 200)]
+)
+def test_the_margin_is_wider_while_the_model_errs(error: float, margin_ms: float) -> None:
+    found = target_ms(online=online(230), step_time=replace(TIME, error=error))
+    assert found == pytest.approx(230 - margin_ms)
+
+
+@pytest.mark.parametrize(("error", "margin_ms"), [(0.0, 100), (0.3, 100), (1.0, 200)])
+def test_with_a_step_in_flight_the_margin_is_at_least_a_whole_step(
+    error: float, margin_ms: float
+) -> None:
+    step_time = replace(TIME, error=error)
+    found = target_ms(online=online(230), step_time=step_time, in_flight=True)
+    assert found == pytest.approx(230 - margin_ms)
+
+
+@pytest.mark.parametrize(("due_ms", "takes_ms"), [(190.1, 140), (250.1, 200), (9000, 200)])
+def test_time_that_was_not_used_carries_over_but_two_tpots_are_the_most(
+    due_ms: float, takes_ms: float
+) -> None:
+    assert step_ms(online=online(due_ms)) == pytest.approx(takes_ms)
+
+
+# One decode takes 11 ms of 100, so prompts can be computed beside it for 890 ms of half a TTFT.
+@pytest.mark.parametrize(
+    ("prompt_tokens", "rate", "reserve_ms"),
+    [(900, 0.0, MARGIN_MS), (1000, 0.0, 110), (1000, 0.5, 110), (250, 2.0, 110), (250, 1.0, 50)],
+)
+def test_time_for_coming_online_prompts_is_kept_in_reserve(
+    prompt_tokens: float, rate: float, reserve_ms: float
+) -> None:
+    # Two prompts at least, or twice those that come in one TTFT, each 0.5 ms a token.
+    found = target_ms(online=online(230), online_prompt_tokens=prompt_tokens, online_rate=rate)
+    assert found == pytest.approx(230 - reserve_ms)
+
+
+@pytest.mark.parametrize(("produced", "left_ms"), [(0, 230), (1, 130), (2, 120)])
+def test_a_reserve_grows_by_a_tpot_with_each_token(produced: int, left_ms: float) -> None:
+    decodes = online(230, produced=produced)
+    assert target_ms(online=decodes, online_prompt_tokens=1000) == pytest.approx(left_ms)
+
+
+# Offline decodes beside online ones
+
+
+def test_a_step_of_decodes_that_all_fit_is_left_to_vllm() -> None:
+    found = plan(online=online(140), offline=offline(1, 1))
+    assert found == StepPlan(4096, target_ms=found.target_ms, planned_ms=13.0)
+    assert found.target_ms == pytest.approx(90.0)
+
+
+def test_offline_decodes_that_would_make_the_step_late_are_held() -> None:
+    # 20.9 ms: 10 + 1 online + 9 offline.
+    found = plan(online=online(MARGIN_MS + 20.9), offline=offline(*[1] * 12))
+    assert found.held == {"off9", "off10", "off11"}
+    assert (found.max_tokens, found.planned_ms, found.late) == (10, 20.0, None)
+
+
+def test_no_cheap_decode_overtakes_a_held_one() -> None:
+    # 2.9 ms are left. Drafted tokens take 0.5 ms each: 1, 3 and 1 ms.
+    found = plan(online=online(MARGIN_MS + 13.9), offline=offline(1, 5, 1))
+    assert found.held == {"off1", "off2"}
+
+
+@pytest.mark.parametrize("due_ms", [-1.0, MARGIN_MS])
+def test_nothing_offline_runs_while_online_needs_all_the_time(due_ms: float) -> None:
+    found = plan(
+        online=online(due_ms),
+        offline=offline(1),
+        prefills=[prompt("running", 50)],
+        waiting=[new_prompt("waiting", 50)],
+    )
+    assert found.held == {"off0"}
+    assert found.chunk_tokens == {"running": 0}
+    assert (found.admit_offline, found.max_tokens) == (False, 1)
+    assert found.late is Late.ONLINE
+
+
+def test_decodes_beyond_the_token_budget_are_held() -> None:
+    assert plan(online=online(1000), offline=offline(1, 4), max_tokens=5).held == {"off1"}
+
+
+# Offline prompts beside online work
+
+
+def test_an_offline_prompt_gets_the_chunk_that_fits() -> None:
+    # 90 ms: 10 + 1 online + 2 offline + 154 tokens of 0.5 ms.
+    found = plan(online=online(140), offline=offline(1, 1), prefills=[prompt("off", 1000)])
+    assert found.chunk_tokens == {"off": 154}
+    assert (found.max_tokens, found.planned_ms) == (157, 90.0)
 
 
 def test_a_chunk_not_worth_its_overhead_is_not_taken() -> None:
-    # 18.5 ms: room for 13 tokens; fewer than 16 only where they are the prompt's last ones.
-    requests = [online("on", 18.5), offline("long", prefill=1000), offline("rest", prefill=10)]
-    found = plan(*requests)
-    assert found.held == {"long"}
+    # 18.5 ms: room for 15 tokens; fewer than 16 only where they are the prompt's last ones.
+    prefills = [prompt("long", 1000), prompt("rest", 10)]
+    found = plan(online=online(MARGIN_MS + 18.6), prefills=prefills)
+    assert found.chunk_tokens == {"long": 0}
     assert found.max_tokens == 1 + 10
 
 
+@pytest.mark.parametrize(
+    ("due_ms", "error", "most_tokens"),
+    [(140.1, 0.0, 158), (500.1, 0.0, 878), (5000.0, 0.0, 1978), (5000.0, 0.2, 1578)],
+)
+def test_a_prompt_that_cannot_be_split_waits_until_decodes_are_so_far_ahead(
+    due_ms: float, error: float, most_tokens: int
+) -> None:
+    # It may take all the time until a token is due, up to half a TTFT, less the model's error.
+    step_time = replace(TIME, error=error)
+    for tokens in (most_tokens, most_tokens + 1):
+        whole = prompt("off", tokens, splittable=False)
+        found = plan(online=online(due_ms), prefills=[whole], step_time=step_time)
+        assert found.max_tokens == 1 + (tokens if tokens == most_tokens else 0)
+
+
 def test_waiting_offline_requests_are_admitted_in_order_while_they_fit() -> None:
-    waiting = [offline(f"off{i}", prefill=100, running=False) for i in range(3)]
-    found = plan(online("on", 1000), *waiting)
+    waiting = [new_prompt(f"off{i}", 100) for i in range(3)]
+    found = plan(online=online(140.1), waiting=waiting)
     assert found.admit_offline
     assert found.chunk_tokens == {"off1": 58}  # 158 tokens in all
     assert found.max_tokens == 1 + 158
 
 
 def test_no_waiting_request_is_admitted_past_one_that_does_not_fit() -> None:
-    long = offline("long", prefill=400, running=False, splittable=False)
-    found = plan(online("on", 1000), long, offline("short", prefill=20, running=False))
+    waiting = [new_prompt("long", 400, splittable=False), new_prompt("short", 20)]
+    found = plan(online=online(140), waiting=waiting)
     assert (found.admit_offline, found.max_tokens) == (False, 1)
 
 
-def test_nothing_offline_runs_while_online_is_late() -> None:
-    waiting = offline("new", prefill=50, running=False)
-    found = plan(online("on", -1), offline("a"), offline("b", prefill=50), waiting)
-    assert found.held == {"a", "b"}
-    assert not found.admit_offline
-    assert found.max_tokens == 1
+def test_where_chunks_cannot_be_capped_nobody_runs_after_one_that_the_budget_cuts() -> None:
+    prefills = [prompt("off", 900), prompt("next", 16)]
+    found = plan(online=online(140.1), prefills=prefills, can_cap=False)
+    assert found.held == {"next"}
+    assert found.max_tokens == 1 + 158
+    assert plan(online=online(140.1), prefills=prefills[1:], can_cap=False).held == frozenset()
 
 
-def test_the_tightest_online_request_decides() -> None:
-    assert plan(online("a", 1000), online("b", 60), offline("c")).target_ms == pytest.approx(57.0)
-    calm, strict = online("a", 1000), online("b", 1000, tpot_ms=40.0)
-    assert plan(calm, strict, offline("c")).target_ms == pytest.approx(36.0)
+def test_where_chunks_cannot_be_capped_a_waiting_online_prompt_keeps_its_tokens() -> None:
+    waiting = [new_prompt("on", 300, due_ms=900)]
+    found = plan(
+        online=online(140.1), prefills=[prompt("off", 900)], waiting=waiting, can_cap=False
+    )
+    assert found.held == {"off"}
 
 
-@pytest.mark.parametrize(("error", "margin"), [(0.0, 0.05), (0.2, 0.2), (0.4, 0.4), (1.0, 0.4)])
-def test_the_margin_grows_with_the_error_of_the_model(error: float, margin: float) -> None:
-    time = StepTime(base=1.0, decode=1.0, error=error, ready=True)
-    found = plan(online("on", 50), offline("off"), step_time=time)
-    assert found.target_ms == pytest.approx(50 * (1 - margin))
+def test_a_model_that_knows_nothing_takes_no_offline_prompt_beside_online_work() -> None:
+    found = plan(
+        step_time=COLD,
+        online=online(1000),
+        offline=offline(1),
+        prefills=[prompt("running", 500)],
+        waiting=[new_prompt("waiting", 500)],
+    )
+    assert found.chunk_tokens == {"running": 0}
+    assert (found.held, found.admit_offline, found.max_tokens) == (frozenset(), False, 2)
+
+
+def test_a_model_that_knows_nothing_takes_small_steps_without_online_work() -> None:
+    found = plan(step_time=COLD, offline=offline(1), prefills=[prompt("off", 500)])
+    assert (found.chunk_tokens, found.max_tokens) == ({"off": 64}, 1 + 64)
+
+
+@pytest.mark.parametrize(("most_seen", "tokens"), [(10, 64), (50, 100), (200, 378)])
+def test_beside_online_work_no_prediction_far_beyond_what_was_seen_is_relied_on(
+    most_seen: int, tokens: int
+) -> None:
+    step_time = replace(TIME, most_prefill_tokens=most_seen)
+    prefills = [prompt("a", 40), prompt("b", 1000)]
+    found = plan(online=online(1000), prefills=prefills, step_time=step_time)
+    assert found.chunk_tokens == {"b": tokens - 40}
+
+
+# Online prompts
+
+
+def test_online_prompts_come_before_offline_ones_whatever_their_order() -> None:
+    # 0.25 of the TTFT: 10 + 400 tokens online + 580 tokens offline.
+    found = plan(prefills=[prompt("off", 3000), prompt("on", 400, due_ms=1000)])
+    assert (found.chunk_tokens, found.planned_ms) == ({"off": 580}, 500.0)
+
+
+def test_offline_work_never_delays_a_first_token_beyond_its_deadline() -> None:
+    # 400 ms less 5 %: 10 + 400 tokens online + 340 tokens offline.
+    found = plan(prefills=[prompt("on", 400, due_ms=400.1), prompt("off", 3000)])
+    assert found.chunk_tokens == {"off": 340}
+    assert found.target_ms == pytest.approx(380.095)
+
+
+def test_an_online_prompt_of_several_steps_shares_its_time_among_them() -> None:
+    # 400 of 800 tokens in this step, so it may take half of the 760 ms.
+    prefills = [prompt("on", 800, due_ms=800), prompt("off", 3000)]
+    found = plan(prefills=prefills, max_tokens=400)
+    assert found.target_ms == pytest.approx(380.0)
+    assert (found.chunk_tokens, found.max_tokens) == ({"off": 0}, 400)
+
+
+def test_an_online_prompt_keeps_to_the_pace_of_the_decodes_while_it_has_time() -> None:
+    # 50 ms: 10 + 1 online + 78 tokens.
+    found = plan(online=online(100), prefills=[prompt("on", 600, due_ms=5000)])
+    assert (found.chunk_tokens, found.late) == ({"on": 78}, None)
+    assert found.planned_ms == pytest.approx(50.0)
+
+
+def test_an_online_prompt_hurries_when_its_first_token_would_be_late() -> None:
+    # 3.75 steps of a TPOT in half of the 950 ms less one: 160 tokens in each.
+    found = plan(online=online(100), prefills=[prompt("on", 600, due_ms=1000)])
+    assert (found.chunk_tokens, found.late) == ({"on": 160}, Late.FIRST_TOKEN)
+
+
+def test_a_prompt_in_a_hurry_may_use_up_the_margin_but_not_make_decodes_late() -> None:
+    # Half of the 600 tokens would be needed; 178 fit into 100 ms.
+    found = plan(online=online(100), prefills=[prompt("on", 600, due_ms=600)])
+    assert found.chunk_tokens == {"on": 178}
+    assert found.planned_ms == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize(("rivals", "tokens"), [(0, 325), (4, 178)])
+def test_one_prompt_in_a_hurry_but_not_many_may_make_decodes_late_that_will_catch_up(
+    rivals: int, tokens: int
+) -> None:
+    # Decodes gain 89 ms a token, which over half of 100 tokens are 4450 ms.
+    # 1.85 steps of a TPOT are half of the 570 ms less one: 325 tokens in each.
+    prompts = [prompt("on", 600, due_ms=600)]
+    prompts += [prompt(f"calm{i}", 600, due_ms=9000) for i in range(rivals)]
+    found = plan(online=online(100), prefills=prompts, online_output_tokens=100)
+    assert found.chunk_tokens["on"] == tokens
+
+
+def test_a_prompt_that_is_late_already_makes_nobody_else_late() -> None:
+    found = plan(online=online(100), prefills=[prompt("on", 600, due_ms=-1)])
+    assert (found.chunk_tokens, found.late) == ({"on": 78}, None)
+
+
+def test_the_first_online_prompt_advances_however_late_the_decodes() -> None:
+    prefills = [prompt("calm", 500, due_ms=-1), prompt("urgent", 500, due_ms=-2)]
+    found = plan(online=online(-10), prefills=prefills)
+    assert found.chunk_tokens == {"urgent": 16, "calm": 0}
+
+
+def test_an_online_prompt_that_cannot_be_split_is_whole_or_not() -> None:
+    prefills = [prompt(name, 600, due_ms=9000, splittable=False) for name in "ab"]
+    found = plan(online=online(100), prefills=prefills)
+    assert (found.chunk_tokens, found.max_tokens) == ({"b": 0}, 1 + 600)
+
+
+# The offline floor
+
+
+@pytest.mark.parametrize(("idle_s", "runs"), [(0.0, False), (0.049, False), (0.05, True)])
+def test_offline_work_that_waited_too_long_takes_part(idle_s: float, runs: bool) -> None:
+    # 11 ms are enough for the online decode alone; 1 ms is 2 % of 50 ms.
+    decodes, work = online(MARGIN_MS + 11.1), offline(1, 1)
+    found = plan(online=decodes, offline=work, offline_idle_s=idle_s)
+    assert found.held == ({"off1"} if runs else {"off0", "off1"})
+    assert found.late is (Late.FLOOR if runs else None)
+
+
+@pytest.mark.parametrize(("idle_s", "tokens"), [(0.39, 0), (0.4, 16)])
+@pytest.mark.parametrize("running", [True, False])
+def test_of_an_overdue_prompt_the_least_chunk_is_computed(
+    idle_s: float, tokens: int, running: bool
+) -> None:
+    late, work = online(-1), prompt("off", 500, running=running)
+    where: dict[str, Any] = {"prefills": [work]} if running else {"waiting": [work]}
+    found = plan(online=late, offline_idle_s=idle_s, **where)
+    assert found.chunk_tokens.get("off", 0) == tokens
+    assert found.max_tokens == 1 + tokens
+    assert found.admit_offline is (not running and tokens > 0)
+
+
+@pytest.mark.parametrize(("idle_s", "most_tokens"), [(3.0, 132), (30.0, 2400), (60.0, 7200)])
+def test_the_floor_rises_while_offline_work_waits(idle_s: float, most_tokens: int) -> None:
+    # 2 % of 30 s are 600 ms; by then that share has doubled.
+    for tokens in (most_tokens, most_tokens + 1):
+        found = plan(
+            online=online(-1),
+            prefills=[prompt("off", tokens, splittable=False)],
+            offline_idle_s=idle_s + 1e-6,
+            max_tokens=8192,
+        )
+        assert found.max_tokens == 1 + (tokens if tokens == most_tokens else 0)
+
+
+def test_without_a_floor_offline_work_waits_for_ever() -> None:
+    section = replace(SECTION, offline_floor=0.0)
+    found = plan(section, online=online(-1), offline=offline(1), offline_idle_s=9999.0)
+    assert found.held == {"off0"}
 
 
 @pytest.mark.parametrize(
-    ("prompt_tokens", "target_ms"),
-    [(0, 90.0), (10, 90.0), (60, 65.0), (1000, -85.0)],
+    "changes", [{"free_slots": 0}, {"waiting": [new_prompt("on", 20, due_ms=900)]}]
 )
-def test_time_for_the_next_online_prompt_is_kept_in_reserve(
-    prompt_tokens: float, target_ms: float
+def test_an_overdue_request_that_could_not_be_admitted_takes_no_time(
+    changes: dict[str, Any],
 ) -> None:
-    # 95 ms of slack less 0.5 ms a token, which is 180 ms, two steps, at most.
-    found = plan(online("on", 100), offline("off"), online_prompt_tokens=prompt_tokens)
-    assert found.target_ms == pytest.approx(target_ms)
+    waiting = [*changes.get("waiting", []), new_prompt("off", 500)]
+    view = {"online": online(-1), **changes, "waiting": waiting}
+    assert not plan(offline_idle_s=9.0, **view).admit_offline
+
+
+# KV blocks
+
+
+@pytest.mark.parametrize(
+    ("blocks", "admitted"), [([7], 0), ([6], 1), ([3, 3], 2), ([4, 3], 1), ([7, 1], 0)]
+)
+def test_offline_requests_are_admitted_into_the_blocks_beyond_the_headroom(
+    blocks: list[int], admitted: int
+) -> None:
+    waiting = [new_prompt(f"off{i}", 20, blocks=count) for i, count in enumerate(blocks)]
+    found = plan(online=online(1000), waiting=waiting, free_blocks=10, headroom_blocks=4)
+    assert found.max_tokens == 1 + 20 * admitted
+    assert found.admit_offline is (admitted > 0)
+
+
+def test_the_blocks_of_waiting_online_requests_are_not_given_away() -> None:
+    waiting = [new_prompt("on", 20, due_ms=900, blocks=5), new_prompt("off", 20, blocks=6)]
+    assert plan(waiting=waiting, free_blocks=11).admit_offline
+    assert not plan(waiting=waiting, free_blocks=10).admit_offline
+
+
+# Preemption
+
+NEEDS_SIX = new_prompt("on", 40, due_ms=900, blocks=10)
+
+
+def preempted(*victims: tuple[str, int, int], **view: Any) -> list[str]:
+    """Who loses its KV for a request that lacks six blocks; victims with tokens and blocks."""
+    values = {"waiting": [NEEDS_SIX], "free_blocks": 4, "free_slots": 1, **view}
+    found = plan(victims=[Victim(*v) for v in victims], offline=offline(1, 1), **values)
+    return list(found.preempt)
+
+
+def test_the_requests_with_the_least_to_recompute_are_preempted() -> None:
+    assert preempted(("big", 300, 9), ("small", 100, 3), ("tiny", 50, 3)) == ["tiny", "small"]
+
+
+def test_nobody_is_preempted_where_it_would_not_suffice() -> None:
+    assert preempted(("a", 100, 3), ("b", 50, 2)) == []
+
+
+def test_whom_a_larger_victim_makes_unnecessary_is_not_preempted() -> None:
+    assert preempted(("tiny", 50, 2), ("small", 100, 3), ("big", 300, 6)) == ["big"]
+
+
+def test_for_a_slot_one_request_is_preempted() -> None:
+    victims = [("a", 100, 3), ("b", 50, 2)]
+    assert preempted(*victims, free_slots=0, free_blocks=99) == ["b"]
+
+
+def test_without_a_waiting_online_request_nobody_is_preempted() -> None:
+    assert preempted(("a", 100, 99), waiting=[new_prompt("off", 20, blocks=10)]) == []
+
+
+def test_who_is_preempted_takes_no_part_and_nobody_is_admitted_in_its_place() -> None:
+    found = plan(
+        waiting=[NEEDS_SIX, new_prompt("new", 20)],
+        offline=offline(1, 1),
+        prefills=[prompt("half", 300)],
+        victims=[Victim("half", 50, 3), Victim("off0", 60, 3)],
+        free_blocks=4,
+    )
+    assert list(found.preempt) == ["half", "off0"]
+    assert (found.held, found.chunk_tokens) == (frozenset(), {})
+    assert (found.admit_offline, found.max_tokens) == (False, 40 + 1)
+
+
+@pytest.mark.parametrize(("due_ms", "urgent"), [(1101, False), (1099, True), (-1, True)])
+def test_a_request_is_urgent_once_half_its_ttft_and_two_prefills_are_left(
+    due_ms: float, urgent: bool
+) -> None:
+    waiting = new_prompt("on", 100, due_ms=due_ms)  # 50 ms
+    assert ElasticPolicy(SECTION).is_urgent(waiting, NOW_S, TIME) is urgent
+
+
+# Without online work
 
 
 def test_without_online_work_a_step_fills_a_share_of_the_ttft() -> None:
     # 0.25 * 2000 ms: 10 + 2 decodes + 976 tokens of 0.5 ms.
-    found = plan(offline("a"), offline("b"), offline("c", prefill=4000))
-    assert found.held == frozenset()
-    assert found.chunk_tokens == {"c": 976}
+    found = plan(offline=offline(1, 1), prefills=[prompt("off", 4000)])
+    assert (found.held, found.chunk_tokens) == (frozenset(), {"off": 976})
     assert found.max_tokens == 2 + 976
 
 
+def test_without_online_work_an_offline_prompt_may_fill_the_whole_budget() -> None:
+    fast = replace(TIME, token=0.01, most_prefill_tokens=10)
+    assert plan(waiting=[new_prompt("off", 9000)], step_time=fast).max_tokens == 4096
+
+
 def test_without_online_work_every_decode_runs_however_long_the_step() -> None:
-    # 610 ms, more than the 500 ms of the idle share, so nothing is left for the prefill.
-    found = plan(*(offline(f"off{i}") for i in range(600)), offline("new", prefill=500))
-    assert (found.held, found.max_tokens) == (frozenset({"new"}), 600)
+    # 610 ms, more than the 500 ms of the idle share, so nothing is left for the prompt.
+    found = plan(offline=offline(*[1] * 600), prefills=[prompt("off", 500)])
+    assert (found.held, found.chunk_tokens) == (frozenset(), {"off": 0})
+    assert found.max_tokens == 600
 
 
-def test_an_online_prefill_goes_first_and_offline_gets_what_its_ttft_leaves() -> None:
-    # 1000 ms less 5 % to the first token; 10 + 200 ms of prefill; 740 ms are 1480 tokens.
-    found = plan(online("on", 1000, prefill=400), offline("off", prefill=3000))
-    assert found.target_ms == pytest.approx(950.0)
-    assert found.chunk_tokens == {"off": 1480}
+@pytest.mark.parametrize(("splittable", "tokens"), [(True, 64), (False, 900)])
+@pytest.mark.parametrize("running", [True, False])
+def test_a_step_is_never_empty_however_slow_the_engine(
+    splittable: bool, tokens: int, running: bool
+) -> None:
+    slow = StepTime(base=10_000.0, token=1.0, error=0.0, ready=True)
+    work = prompt("off", 900, splittable=splittable, running=running)
+    where: dict[str, Any] = {"prefills": [work]} if running else {"waiting": [work]}
+    found = plan(step_time=slow, **where)
+    assert (found.max_tokens, found.held) == (tokens, frozenset())
+    assert found.admit_offline is not running
 
 
-def test_an_online_prefill_of_several_steps_shares_its_time_among_them() -> None:
-    # 500 of 1000 tokens a step: two steps, and each may take half of 950 ms.
-    found = plan(online("on", 1000, prefill=1000), offline("off"), max_tokens=500)
-    assert found.target_ms == pytest.approx(475.0)
-    assert found.chunk_tokens["on"] == 500
+# Mixtures of experts
+
+MOE = replace(TIME, experts=20.0, idle_experts=0.5)  # one token 10 ms, two 15 ms, many 20 ms
 
 
-def test_the_most_urgent_online_prefill_goes_first_and_advances_however_late() -> None:
-    calm, urgent = online("calm", 900, prefill=500), online("urgent", 200, prefill=500)
-    found = plan(online("decode", -10), calm, urgent, offline("off"))
-    # No time is left beyond the pace of 90 ms: 10 + 1 + 158 tokens of the urgent one.
-    assert found.chunk_tokens == {"urgent": 158, "calm": 0}
-    slow = StepTime(base=500.0, token=1.0, decode=1.0, error=0.0, ready=True)
-    found = plan(online("decode", -10), calm, urgent, offline("off"), step_time=slow)
-    assert found.chunk_tokens == {"urgent": 64, "calm": 0}
+def test_a_chunk_pays_for_all_experts_that_nothing_else_needs() -> None:
+    # 90 ms: 10 + 1 online + 20 for experts + 118 tokens.
+    found = plan(online=online(140.1), prefills=[prompt("off", 1000)], step_time=MOE)
+    assert found.chunk_tokens == {"off": 118}
+    assert found.planned_ms == pytest.approx(90.0)
 
 
-def test_offline_prefills_are_held_whole_where_chunks_cannot_be_capped() -> None:
-    requests = [
-        online("new", 1000, prefill=50, running=False),
-        offline("decode"),
-        offline("prefill", prefill=500),
-    ]
-    assert plan(*requests, can_cap=False).held == {"prefill"}
-    assert plan(*requests, can_cap=True).held == frozenset()
+def test_offline_decodes_pay_for_the_experts_that_they_add() -> None:
+    # 4 tokens need 18.75 ms for experts: 10 + 1 online + 18.75 leave 2 ms of 31.75.
+    found = plan(online=online(MARGIN_MS + 31.8), offline=offline(1, 1, 1), step_time=MOE)
+    assert found.held == {"off2"}
+    assert found.planned_ms == pytest.approx(10 + 3 + 17.5)
 
 
-def test_a_prompt_that_cannot_be_split_waits_until_it_fits_whole() -> None:
-    whole = offline("off", prefill=200, splittable=False)
-    assert plan(online("on", 1000), whole).held == {"off"}
-    found = plan(online("on", 1000), offline("off", prefill=158, splittable=False))
-    assert (found.held, found.max_tokens) == (frozenset(), 159)
+# Faults that were found in the policy
 
 
-@pytest.mark.parametrize("splittable", [True, False])
-def test_a_step_is_never_empty_however_slow_the_engine(splittable: bool) -> None:
-    slow = StepTime(base=10_000.0, token=1.0, ready=True)
-    waiting = offline("off", prefill=900, splittable=splittable, running=False)
-    found = plan(waiting, step_time=slow)
-    assert found.admit_offline
-    assert found.max_tokens == (64 if splittable else 900)
-
-
-def test_a_model_that_knows_nothing_yet_gets_small_steps() -> None:
-    decodes = [online("on", 1000), offline("a")]
-    found = plan(*decodes, offline("b", prefill=4000), step_time=StepTime())
-    assert found.max_tokens == 2 + 256
+def test_an_overdue_decode_is_served_before_an_online_prompt_takes_the_whole_budget() -> None:
+    prefills = [prompt("on", 9000, due_ms=9000)]
+    found = plan(offline=offline(1), prefills=prefills, offline_idle_s=9.0)
+    assert (found.chunk_tokens, found.max_tokens) == ({}, 4096)  # a decode, and the rest
     assert found.held == frozenset()
 
 
-def held_for(policy: ElasticPolicy, at_ms: float, *requests: RequestView) -> bool:
-    """Whether all offline work is held in a step at this time."""
-    step = policy.plan(view_of(*requests, now_s=NOW_S + at_ms / 1e3))
-    return not step.admit_offline and len(step.held) == 1
+def test_an_overdue_prompt_that_cannot_be_split_is_not_cut_to_the_budget() -> None:
+    whole = prompt("off", 4096, splittable=False)
+    found = plan(online=online(-1), prefills=[whole], offline_idle_s=100.0)
+    assert (found.chunk_tokens, found.max_tokens) == ({"off": 0}, 1)
 
 
-def test_a_hold_ends_for_one_step_after_its_longest_time() -> None:
-    policy = ElasticPolicy(SECTION)
-    requests = [online("late", -1), offline("off")]
-    moments = [0, 1000, 1999, 2000, 2010, 4000, 4010, 4011]
-    held = {at_ms: held_for(policy, at_ms, *requests) for at_ms in moments}
-    # The second hold begins at 2010 ms.
-    assert [at_ms for at_ms, was in held.items() if not was] == [2000, 4010]
+def test_an_overdue_request_that_is_preempted_gets_no_tokens() -> None:
+    found = plan(
+        prefills=[prompt("half", 300)],
+        waiting=[NEEDS_SIX],
+        free_blocks=4,
+        victims=[Victim("half", 5, 9)],
+        offline_idle_s=9.0,
+    )
+    assert (found.preempt, found.chunk_tokens, found.max_tokens) == (("half",), {}, 40)
 
 
-def test_a_hold_that_was_not_of_all_offline_work_starts_anew() -> None:
-    policy = ElasticPolicy(SECTION)
-    late, calm, off = online("on", -1), online("on", 9000), offline("off")
-    assert held_for(policy, 0, late, off)
-    assert not held_for(policy, 1500, calm, off)
-    assert held_for(policy, 1600, late, off)
-    assert held_for(policy, 3500, late, off)
-    assert not held_for(policy, 3600, late, off)
-
-
-def test_speculative_online_decodes_run_whole_while_the_model_is_cold() -> None:
-    decodes = [online(f"on{i}", 1000, new_tokens=5) for i in range(100)]
-    found = plan(*decodes, offline("off"), step_time=StepTime())
-    assert found.chunk_tokens == {}
-    assert found.max_tokens >= 500
-
-
-@pytest.mark.parametrize(
-    "requests",
-    [
-        [offline("off", prefill=1000, splittable=False, running=False)],
-        [
-            online("on", 1000, prefill=1000, splittable=False, running=False),
-            offline("off", prefill=50, running=False),
-        ],
-    ],
-)
-def test_a_prompt_that_cannot_be_split_fits_into_a_cold_step(requests: list[RequestView]) -> None:
-    assert plan(*requests, step_time=StepTime()).max_tokens >= 1000
-
-
-@pytest.mark.parametrize(
-    "requests",
-    [
-        # Longer than a step at the pace of the TPOT.
-        [online("on", -1), offline("off", prefill=400, splittable=False)],
-        # Online prompts without end take every step's whole budget.
-        [online("on", -1, prefill=100_000), offline("off", prefill=400)],
-    ],
-)
-def test_a_hold_ends_whatever_holds_it(requests: list[RequestView]) -> None:
-    policy = ElasticPolicy(SECTION)
-    assert held_for(policy, 0, *requests)
-    assert not held_for(policy, 2000, *requests)
-
-
-def test_a_hold_never_ends_at_the_cost_of_an_online_decode() -> None:
-    policy = ElasticPolicy(SECTION)
-    requests = [online("on", -1), offline("off", prefill=4096, splittable=False)]
-    for at_ms in (0, 2000):
-        found = policy.plan(view_of(*requests, now_s=NOW_S + at_ms / 1e3))
-        assert "on" not in found.chunk_tokens
-        assert found.max_tokens >= 1
-
-
-def test_an_online_prompt_that_has_nothing_to_compute_now_stops_no_offline_work() -> None:
-    idle = replace(online("on", 1000, prefill=10), new_tokens=0)
-    found = plan(idle, offline("a"), offline("b", prefill=500))
+@pytest.mark.parametrize("decodes", [offline(), offline(1)])
+def test_without_online_work_a_prompt_is_computed_even_where_chunks_cannot_be_capped(
+    decodes: OfflineDecodes,
+) -> None:
+    found = plan(offline=decodes, prefills=[prompt("off", 3000)], can_cap=False)
     assert found.held == frozenset()
-    assert found.max_tokens > 1
+    assert found.max_tokens > 900
+
+
+def test_the_floor_of_a_model_that_knows_nothing_takes_no_long_prompt_at_once() -> None:
+    whole = prompt("off", 3000, splittable=False)
+    found = plan(online=online(1000), prefills=[whole], step_time=COLD, offline_idle_s=0.001)
+    assert found.max_tokens == 1
+
+
+def test_an_overdue_prompt_gets_no_less_than_what_fits() -> None:
+    found = plan(online=online(1000), prefills=[prompt("off", 1000)], offline_idle_s=9.0)
+    assert found.chunk_tokens == {"off": 378}
+
+
+def test_an_overdue_request_without_blocks_is_not_admitted() -> None:
+    waiting = [new_prompt("off", 500, blocks=50)]
+    found = plan(online=online(-1), waiting=waiting, free_blocks=10, offline_idle_s=9.0)
+    assert not found.admit_offline
+
+
+def test_the_blocks_of_an_overdue_request_are_not_given_away() -> None:
+    waiting = [new_prompt("a", 16, blocks=6), new_prompt("b", 16, blocks=6)]
+    found = plan(online=online(1000), waiting=waiting, free_blocks=10, offline_idle_s=9.0)
+    assert found.max_tokens == 1 + 16
+
+
+def test_a_chunk_in_a_hurry_is_worth_its_overhead() -> None:
+    found = plan(online=online(-10), prefills=[prompt("on", 500, due_ms=8000)])
+    assert found.chunk_tokens["on"] >= 16
+
+
+def test_drafted_tokens_of_offline_decodes_take_their_time() -> None:
+    # 10 + 1 online + 4 * 3 offline leave 67 ms of 90.
+    found = plan(online=online(140.1), offline=offline(5, 5, 5, 5), prefills=[prompt("off", 1000)])
+    assert found.chunk_tokens == {"off": 134}
+
+
+def test_more_online_tokens_than_budget_give_no_negative_chunk() -> None:
+    drafts = online(1000)._replace(shape=StepShape(50, 2500), tokens=50)
+    found = plan(online=drafts, prefills=[prompt("on", 100, due_ms=900)], max_tokens=40)
+    assert (found.chunk_tokens, found.max_tokens) == ({"on": 0}, 40)
+
+
+def test_a_prompt_without_tokens_now_does_not_stand_for_overdue_work() -> None:
+    prefills = [prompt("none", 0), prompt("off", 50)]
+    found = plan(online=online(-1), prefills=prefills, offline_idle_s=9.0)
+    assert found.chunk_tokens["off"] == 16

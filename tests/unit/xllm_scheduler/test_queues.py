@@ -13,7 +13,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.request import Request
 
-from xllm_scheduler.engine.queues import ClassQueue
+from xllm_scheduler.engine.queues import ClassQueue, DeadlineLane
 
 pytestmark = pytest.mark.vllm
 POLICIES = (SchedulingPolicy.FCFS, SchedulingPolicy.PRIORITY)
@@ -32,9 +32,8 @@ def request(name: str, priority: int = 0, arrival: float = 0.0) -> Request:
 
 
 def lanes(policy: SchedulingPolicy = SchedulingPolicy.FCFS) -> ClassQueue:
-    return ClassQueue(
-        lambda: create_request_queue(policy), lambda r: bool(r.request_id.startswith("on"))
-    )
+    online, offline = create_request_queue(policy), create_request_queue(policy)
+    return ClassQueue(online, offline, lambda r: bool(r.request_id.startswith("on")))
 
 
 def filled(*names: str, policy: SchedulingPolicy = SchedulingPolicy.FCFS) -> ClassQueue:
@@ -161,17 +160,84 @@ def test_an_empty_queue_is_false_and_has_no_head() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("policy", "heads"),
-    [
-        (SchedulingPolicy.FCFS, [["on1", "on2"], ["off1", "off2"]]),
-        # A heap's second is not free to find.
-        (SchedulingPolicy.PRIORITY, [["on1"], ["off1"]]),
-    ],
-)
-def test_the_heads_of_the_lanes_can_be_looked_at(
-    policy: SchedulingPolicy, heads: list[list[str]]
-) -> None:
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_heads_of_the_lanes_can_be_looked_at(policy: SchedulingPolicy) -> None:
     queue = filled("off1", "on1", "on2", "off2", "on3", "off3", policy=policy)
-    assert [names(queue.head(online, 2)) for online in (True, False)] == heads
+    assert names(queue.head(True, 2)) == ["on1", "on2"]
+    assert names(queue.head(False, 2)) == ["off1", "off2"]
+    assert queue.head(True, 0) == []
+    assert queue[0].request_id == "on1"
     assert len(queue) == 6
+
+
+def lane(*names: str, now_s: float = 0.0) -> DeadlineLane:
+    """A lane of requests that are due at the number in their names."""
+    found = DeadlineLane(lambda r: float(r.request_id.split("-")[0]))
+    found.turn(now_s)
+    for name in names:
+        found.add_request(request(name))
+    return found
+
+
+def test_a_deadline_lane_gives_out_the_earliest_deadline_first() -> None:
+    queue = lane("30-a", "10-a", "20-a", "10-b")
+    assert names(queue) == ["10-a", "10-b", "20-a", "30-a"], "equals keep their order"
+    assert drained(queue) == ["10-a", "10-b", "20-a", "30-a"]
+
+
+def test_requests_that_are_late_step_back_behind_all_that_are_not() -> None:
+    queue = lane("10-a", "20-a", "30-a", "40-a")
+    queue.turn(25.0)
+    assert names(queue) == ["30-a", "40-a", "10-a", "20-a"]
+    queue.add_request(request("5-new"))
+    queue.add_request(request("26-new"))
+    assert names(queue) == ["26-new", "30-a", "40-a", "5-new", "10-a", "20-a"]
+
+
+def test_every_fourth_admission_is_of_one_that_is_late() -> None:
+    queue = lane("1-a", "2-a", "3-a", *(f"{due}-t" for due in range(50, 57)), now_s=25.0)
+    timely = [f"{due}-t" for due in range(50, 57)]
+    assert drained(queue) == [*timely[:3], "1-a", *timely[3:6], "2-a", *timely[6:], "3-a"]
+
+
+def test_whoever_is_due_now_is_not_late_yet() -> None:
+    queue = lane("25-a", "30-a")
+    queue.turn(25.0)
+    assert names(queue) == ["25-a", "30-a"]
+
+
+def test_requests_are_taken_out_of_a_deadline_lane_late_or_not() -> None:
+    queue = lane("1-a", "2-a", "30-a", "40-a", now_s=25.0)
+    everything = {r.request_id: r for r in queue}
+    queue.remove_request(everything["1-a"])
+    queue.remove_requests({everything["40-a"]})
+    queue.remove_requests([request("30-a")])
+    assert names(queue) == ["30-a", "2-a"], "only those that are in it"
+
+
+def test_what_is_put_back_into_a_deadline_lane_comes_before_its_equals_only() -> None:
+    queue = lane("10-a", "20-a", "30-a")
+    queue.prepend_request(request("20-b"))
+    queue.prepend_requests([request("20-c"), request("5-b")])
+    assert names(queue) == ["5-b", "10-a", "20-c", "20-b", "20-a", "30-a"]
+
+
+def test_a_deadline_lane_is_counted_and_looked_at() -> None:
+    queue = lane("10-a", "20-a", "30-a")
+    queue.turn(15.0)
+    assert (bool(queue), len(queue)) == (True, 3)
+    assert names(queue) == ["20-a", "30-a", "10-a"]
+    queue.turn(99.0)
+    assert (bool(queue), len(queue)) == (True, 3)
+    assert drained(queue) == ["10-a", "20-a", "30-a"]
+    assert (bool(queue), len(queue)) == (False, 0)
+    with pytest.raises(IndexError):
+        queue.peek_request()
+
+
+def test_a_class_queue_tells_its_deadline_lane_the_time() -> None:
+    online, offline = lane("10-a", "20-a"), create_request_queue(SchedulingPolicy.FCFS)
+    queue = ClassQueue(online, offline, lambda r: True)
+    queue.turn(15.0)
+    assert names(queue.head(online=True, most=1)) == ["20-a"]
+    assert queue.peek_request().request_id == "20-a"

@@ -7,7 +7,8 @@ import pytest
 from xllm_plugins.latency import StepShape, StepTime, StepTimeModel
 from xllm_scheduler.engine.steps import StepClock
 
-DECODE = [(1, 100)]
+DECODE = StepShape().with_decodes(1, 100)
+TWO_DECODES = StepShape().with_decodes(2, 200)
 
 
 class Recorder(StepTimeModel):
@@ -39,7 +40,7 @@ def test_one_step_at_a_time_takes_from_its_launch_to_its_end(
 ) -> None:
     clock.launched(1, DECODE, 1.000)
     clock.ended(1, 1.012)
-    clock.launched(2, DECODE * 2, 1.020)  # the engine was idle for 8 ms
+    clock.launched(2, TWO_DECODES, 1.020)  # the engine was idle for 8 ms
     clock.ended(2, 1.045)
     assert model.seen == [(1, 12.0), (2, 25.0)]
 
@@ -66,7 +67,7 @@ def test_the_next_step_starts_now_where_none_is_in_flight(clock: StepClock) -> N
 def test_the_next_step_starts_at_the_predicted_end_of_those_in_flight(clock: StepClock) -> None:
     clock.launched(1, DECODE, 1.000)  # 10 ms: ends at 1.010
     assert clock.next_start_s(1.001) == pytest.approx(1.010)
-    clock.launched(2, DECODE * 2, 1.001)  # 20 ms behind it: ends at 1.030
+    clock.launched(2, TWO_DECODES, 1.001)  # 20 ms behind it: ends at 1.030
     assert clock.next_start_s(1.002) == pytest.approx(1.030)
     clock.ended(1, 1.015)  # 5 ms late, so the second ends at 1.035
     assert clock.next_start_s(1.016) == pytest.approx(1.035)
@@ -78,10 +79,8 @@ def test_a_step_that_is_overdue_ends_now_at_the_earliest(clock: StepClock) -> No
 
 
 def test_an_empty_step_teaches_nothing(clock: StepClock, model: Recorder) -> None:
-    clock.launched(1, [], 1.000)
+    clock.launched(1, StepShape(), 1.000)
     clock.ended(1, 1.001)
-    clock.launched(2, [(0, 50)], 1.002)
-    clock.ended(2, 1.003)
     assert model.seen == []
 
 
@@ -94,6 +93,7 @@ def test_steps_that_never_ended_are_forgotten(clock: StepClock, model: Recorder)
 
 
 def test_the_model_is_given_the_shape_of_the_step(clock: StepClock, model: Recorder) -> None:
-    clock.launched(1, [(100, 7), (1, 30), (1, 40)], 1.0)
+    shape = StepShape(100, 10_000, 700, 2, 70)
+    clock.launched(1, shape, 1.0)
     clock.ended(1, 1.1)
-    assert model.shapes == [StepShape(100, 10_000, 700, 2, 70)]
+    assert model.shapes == [shape]

@@ -1,0 +1,471 @@
+"""The elastic step policy: online deadlines first, offline work into what they leave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from xllm_plugins.latency import StepTime
+from xllm_scheduler.config import SchedulerSection
+from xllm_scheduler.engine.policy import (
+    Late,
+    OfflineDecodes,
+    PrefillView,
+    StepPlan,
+    StepPolicy,
+    StepView,
+    Victim,
+)
+
+_COLD_TOKENS = 64  # of offline prefill in a step of which the model has seen nothing alike
+_MIN_CHUNK = 16  # smaller chunks cost more in overhead than they bring
+_GROWTH = 2  # how far beyond the largest prefill seen so far a prediction is relied on
+_SURE_ERROR = 0.05  # an error of the model up to which the margin is as configured
+_ERROR_WEIGHT = 4.0  # by how much a larger error widens it
+_MAX_MARGIN_STEPS = 2.0
+_RESERVE_GROWTH = 1.0  # of the TPOT SLO by which a reserve grows with each token
+_EASY_TTFT = 0.5  # the part of the TTFT SLO in which prefills shall be done at the decodes' pace
+_EXPECTED = 2.0  # online requests to be ready for, where fewer arrive within a TTFT
+_FEW = 2  # prefills for which decodes may be late
+_DEBT = 0.5  # of the tokens of a mean answer; so many are left of it on average
+_HASTE = 0.5  # the part of the time until a first token is due in which its prefill is planned
+_DOUBT, _MOST_DOUBT = 1.0, 0.4  # what the model's error takes from the time for a whole prompt
+_WHOLE_TTFT = 0.5  # the longest step with a prompt that cannot be cut, in TTFT SLOs
+_PATIENCE = 0.5  # the part of the TTFT SLO that is left when others are preempted for a request
+_GOAL, _CAUTION = 0.98, 20.0  # below this attainment, each 5 % missing double the care
+_MAX_PACE = 2.0  # the longest step beside online decodes, in TPOT SLOs
+
+
+def _most_tokens(request: PrefillView) -> int:
+    """What vLLM computes of it in a step that nothing else bounds."""
+    return min(request.new_tokens, request.step_tokens)
+
+
+def _least_tokens(request: PrefillView) -> int:
+    most = _most_tokens(request)
+    return min(_MIN_CHUNK, most) if request.splittable else most
+
+
+class _Step:
+    """A step under construction: its shape, what is left of the budget, and the caps."""
+
+    def __init__(self, view: StepView) -> None:
+        self.time = view.step_time
+        self.shape = view.online.shape
+        self.tokens_left = max(0, view.max_tokens - view.online.tokens)
+        self.used = min(view.max_tokens, view.online.tokens)
+        self.tokens: dict[str, int] = {}
+        self.chunks: dict[str, int] = {}
+
+    def ms(self) -> float:
+        return self.time.step_ms(self.shape)
+
+    def add(self, request: PrefillView, tokens: int) -> None:
+        """Add so many of a request's tokens, more of them if it is in the step already."""
+        before = self.tokens.get(request.request_id, 0)
+        tokens = min(tokens, self.tokens_left)
+        self.shape = self.shape.with_chunk(tokens, request.context_tokens + before)
+        self.tokens_left -= tokens
+        self.used += tokens
+        total = before + tokens
+        if total:
+            self.tokens[request.request_id] = total
+        self.chunks.pop(request.request_id, None)
+        # A waiting request without tokens needs no cap: what is left of the budget is not its.
+        if total < _most_tokens(request) and (total or request.running):
+            self.chunks[request.request_id] = total
+
+    def free_last(self, in_order: Sequence[PrefillView]) -> None:
+        """Let whom only the budget bounds have what those that vLLM serves before it leave."""
+        for request in reversed(in_order):
+            if request.request_id in self.tokens:
+                if not self.tokens_left:
+                    self.chunks.pop(request.request_id, None)
+                return
+
+    def room(self, request: PrefillView, target_ms: float) -> int:
+        """How many more tokens of a prefill fit; a small rest of it or at least a minimal chunk."""
+        time = self.time
+        before = self.tokens.get(request.request_id, 0)
+        spare_ms = target_ms - self.ms()
+        if time.experts:
+            # A chunk of any size may touch the experts that nothing else in the step does.
+            spare_ms -= time.experts - time.experts_ms(self.shape.tokens)
+        fitting = time.prefill_tokens_within(spare_ms, request.context_tokens + before)
+        tokens = int(min(fitting, self.tokens_left, _most_tokens(request) - before))
+        return tokens if before or tokens >= _least_tokens(request) else 0
+
+    def add_decodes(self, decodes: int, context_tokens: int, drafted: int) -> None:
+        """Add decodes, with so many draft tokens beside their own in all."""
+        shape = self.shape.with_decodes(decodes, context_tokens)
+        self.shape = shape._replace(prefill_tokens=shape.prefill_tokens + drafted)
+        self.tokens_left -= decodes + drafted
+        self.used += decodes + drafted
+
+
+class ElasticPolicy(StepPolicy):
+    """Online first; offline only into what the tightest online deadline leaves.
+
+    The n-th token after the first is due at ``first + n * tpot``. A step ends, as predicted, a
+    margin before the next token of every decoding online request is due, or it takes no offline
+    work. The margin grows from token to token, by ``1 - online_share`` of the TPOT SLO, to
+    ``margin_steps`` times the TPOT SLO, more while the latency model errs much. Since deadlines are
+    absolute, time that was not used carries over and time that was lost is made up for.
+
+    Online prefills come before offline work, earliest deadline first. They keep to the same end of
+    the step unless that would make their first token late; then they may use the margin and make
+    decodes late by what these can make up for. Where prompts that are to be expected would need
+    that, decodes are kept ahead by a reserve instead. Without online work a step lasts at most
+    ``idle_step_share * ttft``, since an online request may arrive during it. Offline work that was
+    left out for long takes part whatever it costs: it is owed ``offline_floor`` of the time, more
+    the longer it waits. All care grows while online requests miss their SLOs.
+
+    Sources: co-location and slack that carries over are xLLM's (arXiv 2511.21862, 2510.14686),
+    chunks beside decodes are Sarathi-Serve's (arXiv 2403.02310); margin, reserve and debt are ours.
+    """
+
+    def __init__(self, section: SchedulerSection) -> None:
+        self._section = section
+
+    def plan(self, view: StepView) -> StepPlan:
+        """Decide one step."""
+        online = [r for r in (*view.prefills, *view.waiting) if r.online and r.new_tokens]
+        margin_ms = self._margin_ms(view)
+        reserve_ms = self._reserve_ms(view)
+        everyone = self._everyone(view, max(margin_ms, reserve_ms))
+        if everyone is not None:
+            return everyone
+
+        preempt = self._victims(view)
+        running = [r for r in view.prefills if not r.online and r.new_tokens]
+        running = [r for r in running if r.request_id not in preempt]
+        queued = [] if preempt else [r for r in view.waiting if not r.online and r.new_tokens]
+        step = _Step(view)
+        busy = bool(view.online.due_s or online)
+        owed = self._owed(view, step, running, queued, preempt) if busy else None
+        due_ms = self._due_ms(view, margin_ms, 1.0 - self._section.online_share)
+        bound_ms, hurried = self._add_online_prefills(step, view, online, due_ms)
+        if reserve_ms > margin_ms:
+            bound_ms = min(bound_ms, self._due_ms(view, reserve_ms, _RESERVE_GROWTH))
+        offline = running or queued or view.offline.ids
+        held: set[str] = set()
+        if offline:
+            targets = self._targets(view, bound_ms)
+            held = self._add_offline_decodes(
+                step, view.offline, targets[0] if busy else math.inf, owed, preempt
+            )
+            held |= self._add_offline_prefills(step, view, online, (running, queued), targets)
+        step.free_last([*view.prefills, *view.waiting])
+        if not step.used:
+            held -= self._force_something(step, view, running, queued)
+        planned_ms = step.ms()
+        late = None
+        if planned_ms > bound_ms:
+            late = Late.FLOOR if owed else Late.FIRST_TOKEN if hurried else Late.ONLINE
+        free = not (offline or preempt) and all(
+            step.tokens.get(r.request_id) == _most_tokens(r) for r in online
+        )
+        return StepPlan(
+            max_tokens=view.max_tokens if free else step.used,
+            held=frozenset(held),
+            chunk_tokens=step.chunks,
+            admit_offline=free or any(r.request_id in step.tokens for r in queued),
+            preempt=preempt,
+            target_ms=bound_ms,
+            planned_ms=planned_ms,
+            late=late,
+        )
+
+    def is_urgent(self, request: PrefillView, start_s: float, step_time: StepTime) -> bool:
+        """Not as long as a slot or blocks may come free in time without anything recomputed."""
+        prefill_ms = step_time.added_ms(request.new_tokens, 0)
+        slack_ms = (request.due_s - start_s) * 1e3
+        return slack_ms <= _PATIENCE * self._section.ttft_ms + 2.0 * prefill_ms
+
+    def _everyone(self, view: StepView, margin_ms: float) -> StepPlan | None:
+        """The plan for a step of decodes only that all fit into, the most common one; or None."""
+        online, offline = view.online, view.offline
+        admits = view.waiting and view.free_slots > 0
+        if admits or view.prefills or view.victims or not view.step_time.ready:
+            return None
+        shape = online.shape.with_decodes(len(offline.ids), sum(offline.context_tokens))
+        planned_ms = view.step_time.step_ms(shape)
+        target_ms = (min(online.due_s, default=math.inf) - view.start_s) * 1e3 - margin_ms
+        pace_ms = min(online.tpot_ms, default=math.inf)
+        if planned_ms > min(target_ms, _MAX_PACE * pace_ms):
+            return None
+        drafted = sum(offline.new_tokens) > len(offline.ids)
+        if drafted or online.tokens + len(offline.ids) > view.max_tokens:
+            return None
+        return StepPlan(view.max_tokens, target_ms=target_ms, planned_ms=planned_ms)
+
+    def _caution(self, view: StepView) -> float:
+        """By how much to be more careful than is planned, since online requests missed SLOs."""
+        return 1.0 + _CAUTION * max(0.0, _GOAL - view.attainment)
+
+    def _margin_ms(self, view: StepView) -> float:
+        """How long before the next online token is due a step shall end."""
+        section = self._section
+        error = max(0.0, view.step_time.error - _SURE_ERROR) * _ERROR_WEIGHT
+        steps = section.margin_steps * (1.0 + error)
+        if view.in_flight:
+            steps = max(1.0, steps)
+        return min(_MAX_MARGIN_STEPS, steps) * min(view.online.tpot_ms, default=section.tpot_ms)
+
+    def _reserve_ms(self, view: StepView) -> float:
+        """The time that decodes must be ahead so that coming online prefills can be in time.
+
+        A prefill that keeps to the pace of the decodes gets a part of each step. What it does not
+        get done so in its TTFT, it must take from the decodes at once.
+        """
+        ttft_ms = self._section.ttft_ms
+        arrivals = _EXPECTED * max(1.0, view.online_rate * ttft_ms / 1e3) * self._caution(view)
+        prefill_ms = arrivals * view.step_time.added_ms(int(view.online_prompt_tokens), 0)
+        pace_ms = min(view.online.tpot_ms, default=self._section.tpot_ms)
+        decodes_ms = view.step_time.step_ms(view.online.shape)
+        share = max(0.0, 1.0 - decodes_ms / pace_ms)
+        return prefill_ms - _EASY_TTFT * share * ttft_ms
+
+    def _recoverable_ms(self, view: StepView) -> float:
+        """How late decodes may become, because steps of online work alone will make up for it."""
+        pace_ms = min(view.online.tpot_ms, default=0.0)
+        gain_ms = max(0.0, pace_ms - view.step_time.step_ms(view.online.shape))
+        return _DEBT * view.online_output_tokens * gain_ms
+
+    def _due_ms(self, view: StepView, margin_ms: float, growth: float) -> float:
+        """When the next online token is due, less a margin that grows from token to token."""
+        online = view.online
+        early_s = math.inf
+        for due_s, produced, tpot_ms in zip(
+            online.due_s, online.produced, online.tpot_ms, strict=True
+        ):
+            early_s = min(early_s, due_s - min(margin_ms, growth * produced * tpot_ms) / 1e3)
+        return (early_s - view.start_s) * 1e3
+
+    def _targets(self, view: StepView, bound_ms: float) -> tuple[float, float]:
+        """How long offline work may make the step, and how long a prompt that cannot be cut may.
+
+        The latter waits until decodes are so far ahead that it fits, which smaller pieces of
+        work beside them, held to a shorter step, do not keep it from.
+        """
+        section = self._section
+        sure = 1.0 - min(_MOST_DOUBT, _DOUBT * view.step_time.error)
+        whole_ms = sure * min(bound_ms, _WHOLE_TTFT * section.ttft_ms)
+        idle_ms = section.idle_step_share * section.ttft_ms / self._caution(view)
+        pace_ms = _MAX_PACE * min(view.online.tpot_ms, default=math.inf)
+        return min(bound_ms, idle_ms, pace_ms), whole_ms
+
+    def _add_online_prefills(
+        self, step: _Step, view: StepView, prefills: list[PrefillView], due_ms: float
+    ) -> tuple[float, bool]:
+        """Add them, most urgent first.
+
+        Returns:
+            When the step shall end by all online deadlines, in ms, and whether it shall end later,
+            because a first token would otherwise be late.
+        """
+        pace_ms = min(view.online.tpot_ms, default=math.inf)
+        late_ms = max((min(view.online.due_s, default=math.inf) - view.start_s) * 1e3, pace_ms)
+        if len(prefills) <= _FEW:  # with more of them, decodes would only lose what prefills win
+            late_ms += self._recoverable_ms(view)
+        haste = _HASTE / self._caution(view)
+        bound_ms, others_ms, hurried = due_ms, math.inf, False
+
+        def urgency(request: PrefillView) -> tuple[bool, float]:
+            # Whoever is late already must not make the others late, too.
+            return request.due_s < view.start_s, request.due_s
+
+        for index, request in enumerate(sorted(prefills, key=urgency)):
+            most, least = _most_tokens(request), _least_tokens(request)
+            tokens = step.room(request, bound_ms)
+            slack_ms = (request.due_s - view.start_s) * 1e3 * (1.0 - _SURE_ERROR)
+            if tokens < most and slack_ms > 0.0:
+                # At the pace of the decodes, so many steps are left until its first token is due.
+                steps = max(1.0, haste * slack_ms / pace_ms - 1.0)
+                needed = min(most, math.ceil(request.new_tokens / steps))
+                if not request.splittable and steps >= _MAX_PACE:
+                    needed = 0  # the decodes may be ahead by so much yet
+                if needed > tokens:
+                    hurry = min(step.room(request, min(late_ms, others_ms)), max(needed, least))
+                    hurried = hurried or hurry > tokens
+                    tokens = max(tokens, hurry)
+            if index == 0 and not tokens:
+                tokens = least
+                hurried = True
+            if not request.splittable and tokens > step.tokens_left:
+                tokens = 0
+            step.add(request, tokens)
+            if tokens and slack_ms > 0.0:
+                # Every further step that the prefill needs is as long as this one.
+                share_ms = slack_ms / math.ceil(request.new_tokens / tokens)
+                if share_ms >= step.ms():
+                    others_ms = min(others_ms, share_ms)
+                    bound_ms = min(bound_ms, share_ms)
+        return bound_ms, hurried
+
+    def _owed(
+        self,
+        view: StepView,
+        step: _Step,
+        running: list[PrefillView],
+        queued: list[PrefillView],
+        preempt: Sequence[str],
+    ) -> str | None:
+        """Add the least piece of offline work if its turn has come; the id of its request."""
+        section, idle_s, time = self._section, view.offline_idle_s, view.step_time
+        owed_ms = section.offline_floor * idle_s * (1.0 + idle_s / section.offline_ageing_s) * 1e3
+        if owed_ms <= 0.0 or (not time.ready and idle_s < section.offline_ageing_s):
+            return None
+        for name, size, tokens in zip(
+            view.offline.ids, view.offline.context_tokens, view.offline.new_tokens, strict=True
+        ):
+            if name not in preempt:
+                if owed_ms < time.added_ms(tokens, size) or tokens > step.tokens_left:
+                    return None
+                step.add_decodes(1, size, tokens - 1)
+                step.tokens[name] = tokens
+                return name
+        slots = view.free_slots - len([r for r in view.waiting if r.online])
+        admitted = [r for r in queued if slots > 0 and r.blocks <= view.free_blocks]
+        for request in (running or admitted)[:1]:
+            tokens = _least_tokens(request)
+            if tokens > step.tokens_left or owed_ms < time.added_ms(tokens, request.context_tokens):
+                return None
+            if tokens < request.new_tokens and not view.can_cap:
+                return None
+            step.add(request, tokens)
+            return request.request_id
+        return None
+
+    def _add_offline_decodes(
+        self,
+        step: _Step,
+        decodes: OfflineDecodes,
+        target_ms: float,
+        owed: str | None,
+        preempt: Sequence[str],
+    ) -> set[str]:
+        """Add decodes in order while they fit; return the others, to be held."""
+        time = step.time
+        per_decode, per_context, per_token = time.decode, time.context, time.token
+        room_ms = target_ms - step.ms()
+        tokens_left = step.tokens_left
+        count = context = drafted = 0
+        held: set[str] = set()
+        if time.experts:
+            # All of those that this step may yet touch, so that none is forgotten.
+            most = step.shape.tokens + len(decodes.ids)
+            room_ms -= time.experts_ms(most) - time.experts_ms(step.shape.tokens)
+        for name, size, tokens in zip(
+            decodes.ids, decodes.context_tokens, decodes.new_tokens, strict=True
+        ):
+            if name == owed or name in preempt:
+                continue
+            added_ms = per_decode + per_context * size + per_token * (tokens - 1)
+            # Who comes later may be cheaper, but first come is first served.
+            if held or added_ms > room_ms or tokens > tokens_left:
+                held.add(name)
+                continue
+            room_ms -= added_ms
+            tokens_left -= tokens
+            count += 1
+            context += size
+            drafted += tokens - 1
+        step.add_decodes(count, context, drafted)
+        return held
+
+    def _add_offline_prefills(
+        self,
+        step: _Step,
+        view: StepView,
+        online: list[PrefillView],
+        offline: tuple[list[PrefillView], list[PrefillView]],
+        targets: tuple[float, float],
+    ) -> set[str]:
+        """Add running ones in order, then waiting ones, while they fit; return those to hold."""
+        busy = bool(view.online.due_s or online)
+        tokens_left = self._trusted_tokens(view, busy)
+        # Without caps a request takes what the budget has left, and running ones come first.
+        whole_only = not view.can_cap and (bool(step.chunks) or any(not r.running for r in online))
+        closed = False
+        held: set[str] = set()
+        for request in offline[0]:
+            tokens = 0 if closed else self._fitting(step, request, targets, tokens_left)
+            before = step.tokens.get(request.request_id, 0)
+            partial = before + tokens < _most_tokens(request)
+            if (tokens or before) and not (partial and whole_only):
+                step.add(request, tokens)
+                tokens_left -= tokens
+                closed = partial and not view.can_cap
+            elif view.can_cap:
+                step.chunks[request.request_id] = 0
+            else:
+                held.add(request.request_id)
+        blocks = view.free_blocks - view.headroom_blocks
+        blocks -= sum(r.blocks for r in online if not r.running)
+        for request in offline[1]:
+            before = step.tokens.get(request.request_id, 0)
+            tokens = self._fitting(step, request, targets, tokens_left)
+            if closed or not (tokens or before) or (request.blocks > blocks and not before):
+                break
+            step.add(request, tokens)
+            tokens_left -= tokens
+            blocks -= request.blocks
+            closed = not view.can_cap and step.tokens[request.request_id] < _most_tokens(request)
+        return held
+
+    def _fitting(
+        self, step: _Step, request: PrefillView, targets: tuple[float, float], most: int
+    ) -> int:
+        if request.splittable:
+            return min(step.room(request, targets[0]), most)
+        tokens = step.room(request, targets[1])
+        return tokens if tokens <= most else 0
+
+    def _trusted_tokens(self, view: StepView, busy: bool) -> int:
+        """The most offline prefill tokens in a step of which the model can tell the time."""
+        if not view.step_time.ready:
+            return 0 if busy else _COLD_TOKENS
+        if busy:
+            return max(_COLD_TOKENS, _GROWTH * view.step_time.most_prefill_tokens)
+        return view.max_tokens
+
+    def _force_something(
+        self,
+        step: _Step,
+        view: StepView,
+        running: list[PrefillView],
+        queued: list[PrefillView],
+    ) -> set[str]:
+        """A step is never empty, however slow the model says that it is; whom not to hold."""
+        for request in [*running, *queued][:1]:
+            step.chunks.pop(request.request_id, None)
+            least = max(_least_tokens(request), min(_COLD_TOKENS, _most_tokens(request)))
+            step.add(request, least if request.splittable else _most_tokens(request))
+            return {request.request_id}
+        # What is there cannot be counted: draft tokens beyond the budget. vLLM cuts them.
+        step.used = view.max_tokens
+        return set(view.offline.ids[:1])
+
+    def _victims(self, view: StepView) -> tuple[str, ...]:
+        """Whom to preempt for the first waiting online request: little to recompute, or nobody."""
+        waiting = next((r for r in view.waiting if r.online), None)
+        if not view.victims or waiting is None:
+            return ()
+        slots, blocks = 1 - view.free_slots, waiting.blocks - view.free_blocks
+        chosen: list[Victim] = []
+        for victim in sorted(view.victims, key=lambda v: v.recompute_tokens):
+            if slots <= 0 and blocks <= 0:
+                break
+            chosen.append(victim)
+            slots -= 1
+            blocks -= victim.blocks
+        if slots > 0 or blocks > 0:
+            return ()
+        for victim in reversed(chosen[:]):
+            # A later, larger one may have made an earlier one unnecessary.
+            if slots + 1 <= 0 and blocks + victim.blocks <= 0:
+                chosen.remove(victim)
+                slots += 1
+                blocks += victim.blocks
+        return tuple(victim.request_id for victim in chosen)
