@@ -136,7 +136,9 @@ def measure(case: Case, *, waiting: int, steps: int, seed: int) -> Comparison:
         for engine, turns in pairs if number % 2 else reversed(pairs):
             turns.append(engine.step())
     gc.unfreeze()
-    return Comparison(_cost(plain_turns), _cost(our_turns, median_of_blocks(planner) if planner else 0.0))
+    return Comparison(
+        _cost(plain_turns), _cost(our_turns, median_of_blocks(planner) if planner else 0.0)
+    )
 
 
 def time_planner(engine: Engine) -> list[float]:

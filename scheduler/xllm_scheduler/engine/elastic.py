@@ -56,6 +56,7 @@ class _Step:
         self.used = min(view.max_tokens, view.online.tokens)
         self.tokens: dict[str, int] = {}
         self.chunks: dict[str, int] = {}
+        self.timed = False  # whether an online prompt got less than vLLM would have given it
 
     def ms(self) -> float:
         return self.time.step_ms(self.shape)
@@ -162,9 +163,7 @@ class ElasticPolicy(StepPolicy):
         late = None
         if planned_ms > bound_ms:
             late = Late.FLOOR if owed else Late.FIRST_TOKEN if hurried else Late.ONLINE
-        free = not (offline or preempt) and all(
-            step.tokens.get(r.request_id) == _most_tokens(r) for r in online
-        )
+        free = not (offline or preempt or step.timed)
         return StepPlan(
             max_tokens=view.max_tokens if free else step.used,
             held=frozenset(held),
@@ -292,8 +291,10 @@ class ElasticPolicy(StepPolicy):
             if index == 0 and not tokens:
                 tokens = least
                 hurried = True
-            if not request.splittable and tokens > step.tokens_left:
-                tokens = 0
+            could = min(most, step.tokens_left)
+            if not request.splittable and could < most:
+                continue  # the budget is vLLM's to divide, also by borders that we do not know
+            step.timed = step.timed or tokens < could
             step.add(request, tokens)
             if tokens and slack_ms > 0.0:
                 # Every further step that the prefill needs is as long as this one.

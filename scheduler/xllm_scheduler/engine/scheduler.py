@@ -40,7 +40,7 @@ else:
 
 logger = logging.getLogger("vllm.xllm_scheduler")
 
-_WINDOW = 64  # how many waiting requests of a class a step looks at
+_WINDOW = 256  # how many waiting requests of a class a step looks at
 
 
 class ElasticMixin(_Base):  # type: ignore[misc]
@@ -116,7 +116,8 @@ class ElasticMixin(_Base):  # type: ignore[misc]
                 del self._reserve_prefill_lookahead
             for queue in self._queues:
                 queue.offline_open = True
-        self._launched(output, plan)
+        throttled = bool(args[0] if args else kwargs.get("throttle_prefills"))
+        self._launched(output, plan, throttled)
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -220,9 +221,6 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         offline: list[Request] = []
         prefills: list[Request] = []
         moved = False
-        if levers.by_priority(self):
-            # vLLM must find its victims behind those that it has scheduled in the same step.
-            self.running.sort(key=lambda r: (r.priority, r.arrival_time))
         for request in self.running:
             record = getattr(request, "xllm", None) or self._take_in(request)
             if record.online:
@@ -232,7 +230,10 @@ class ElasticMixin(_Base):  # type: ignore[misc]
                 offline.append(request)
             if request.is_prefill_chunk:
                 prefills.append(request)
-        if moved and not levers.by_priority(self):
+        if moved and levers.by_priority(self):
+            # vLLM must find its victims behind those that it has scheduled in the same step.
+            self.running.sort(key=lambda r: (r.priority, r.arrival_time))
+        elif moved:
             # vLLM serves the first first and preempts the last first.
             self.running[:] = online + offline
         self._offline_here = bool(offline) or any(queue.count(False) for queue in self._queues)
@@ -287,18 +288,20 @@ class ElasticMixin(_Base):  # type: ignore[misc]
                         tokens -= request.num_tokens - request.num_computed_tokens
         return shown
 
-    def _launched(self, output: Any, plan: StepPlan) -> None:
+    def _launched(self, output: Any, plan: StepPlan, throttled: bool) -> None:
         scheduled, requests = output.num_scheduled_tokens, self.requests
         for new in output.scheduled_new_reqs:
             self._first_token_pending[new.req_id] = requests[new.req_id]
         # No slot, no KV, a grammar that is not ready: what the plan set aside for waiting requests
-        # came to nothing, and running ones were held for it. The next step is planned without them;
+        # came to nothing, and running ones were cut for it. The next step is planned without them;
         # otherwise each could wait for the other for ever.
-        let_in = [r.request_id for r in self._shown_waiting if plan.admit_offline or is_online(r)]
+        let_in = [r for r in self._shown_waiting if plan.admit_offline or is_online(r)]
         self._hide_waiting = (
-            bool(let_in)
-            and plan.max_tokens > output.total_num_scheduled_tokens
-            and scheduled.keys().isdisjoint(let_in)
+            bool(let_in and self.running)
+            and not throttled
+            and bool(plan.held or plan.chunk_tokens)
+            and output.total_num_scheduled_tokens < plan.max_tokens
+            and all(map(levers.is_ready, let_in))
         )
         shape = StepShape()
         decodes = context = 0
