@@ -33,6 +33,7 @@ _SETTLED = 1e-9
 _HUBER = 3.0  # residuals beyond so many mean errors count linearly
 _ERROR_FLOOR = 0.02
 _RIDGE = 1e-6
+_SEEN = 1e-9  # the size of a term's moment below which it has not been seen for long
 _PRIOR_STEPS = 50.0  # what a saved profile counts for
 
 
@@ -301,7 +302,7 @@ def _non_negative_solution(
     The active-set method of Lawson and Hanson (1974), from the last solution's active set.
     """
     scale = np.sqrt(np.diag(gram))
-    used = np.flatnonzero(scale > 0.0)
+    used = np.flatnonzero(scale > _SEEN)
     norm = scale[used]
     # A little ridge keeps terms apart that so far only occurred together.
     g = gram[np.ix_(used, used)] / np.outer(norm, norm) + _RIDGE * np.eye(len(used))
@@ -327,7 +328,7 @@ def _non_negative_solution(
             x[~free] = 0.0
             trial = _solved(g, m, free)
         x = trial
-    result = np.zeros(len(scale))
+    result = start.copy()  # what was not seen for long keeps its coefficient
     result[used] = x / norm
     return result
 

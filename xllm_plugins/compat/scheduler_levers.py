@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from types import SimpleNamespace
 from typing import Any
 
 from xllm_plugins.compat import Target
@@ -70,7 +71,7 @@ def hold(scheduler: Any, request: Any) -> None:
 def token_budget(scheduler: Any, tokens: int) -> Iterator[None]:
     """Let one step schedule at most ``tokens`` tokens, never more than vLLM's own budget."""
     full = scheduler.max_num_scheduled_tokens
-    scheduler.max_num_scheduled_tokens = min(full, tokens)
+    scheduler.max_num_scheduled_tokens = max(0, min(full, tokens))
     try:
         yield
     finally:
@@ -117,10 +118,23 @@ def own_blocks(scheduler: Any, request: Any) -> int:
 
 
 def missing_blocks(scheduler: Any, request: Any) -> int:
-    """How many KV blocks a waiting request needs, whose prompt is cached in part or not at all."""
+    """How many KV blocks a waiting request needs at most, were nothing of its prompt cached."""
+    if holds_blocks(scheduler, request):
+        return 0
     groups = len(scheduler.kv_cache_config.kv_cache_groups)
-    blocks = -(-request.num_tokens // scheduler.block_size)
-    return int(blocks * groups)
+    blocks = -(-request.num_tokens // scheduler.block_size) * groups
+    # Groups of a sliding window or a state need less; it must not look as if it could never fit.
+    return int(min(blocks, scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1))
+
+
+def holds_blocks(scheduler: Any, request: Any) -> bool:
+    """Whether a waiting request holds KV blocks: loaded ones, or those of its session."""
+    return request in kv_holding(scheduler)
+
+
+def kv_holding(scheduler: Any) -> Any:
+    """The waiting requests that hold KV blocks; up to 0.31 vLLM has no queue of their own."""
+    return getattr(scheduler, "kv_holding_waiting", ())
 
 
 def idle_experts(vllm_config: Any) -> float:
@@ -150,9 +164,15 @@ def is_remote(request: Any) -> bool:
     return bool((request.kv_transfer_params or {}).get("do_remote_prefill"))
 
 
-def is_ready(request: Any) -> bool:
+def is_ready(scheduler: Any, request: Any) -> bool:
     """Whether a waiting request waits for nothing but its admission."""
-    return request.status.name in ("WAITING", "PREEMPTED")
+    status = request.status.name
+    if status.startswith("WAITING_FOR_") and status.endswith("GRAMMAR"):
+        asked = request.structured_output_request
+        return asked is not None and asked.grammar is not None
+    if status == "WAITING_FOR_REMOTE_KVS":
+        return request.request_id in scheduler.finished_recving_kv_req_ids
+    return status in ("WAITING", "PREEMPTED")
 
 
 def by_priority(scheduler: Any) -> bool:
@@ -163,6 +183,29 @@ def by_priority(scheduler: Any) -> bool:
 def is_paused(scheduler: Any) -> bool:
     """Whether requests that wait are kept waiting."""
     return bool(scheduler.pause_state.name != "UNPAUSED")
+
+
+@contextmanager
+def reserved_loras(scheduler: Any, sits_out: Callable[[Any], bool]) -> Iterator[None]:
+    """Keep the LoRA slots of running requests that sit a step out.
+
+    vLLM admits waiting requests beside the adapters of those that it schedules in the step, and
+    fails in a later one when more of them run than there are slots.
+    """
+    full = scheduler.lora_config
+    if full is None:
+        yield
+        return
+    adapters: dict[bool, set[int]] = {True: set(), False: set()}
+    for request in scheduler.running:
+        if request.lora_request is not None:
+            adapters[bool(sits_out(request))].add(request.lora_request.lora_int_id)
+    kept = len(adapters[True] - adapters[False])
+    scheduler.lora_config = SimpleNamespace(max_loras=full.max_loras - kept) if kept else full
+    try:
+        yield
+    finally:
+        scheduler.lora_config = full
 
 
 def replace_waiting_queues(scheduler: Any, make: Callable[[Callable[[], Any]], Any]) -> list[Any]:

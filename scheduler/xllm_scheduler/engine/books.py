@@ -15,6 +15,7 @@ from xllm_scheduler.engine.policy import Late, StepPlan
 
 _BY_CLASS = ("class",)
 _NEWEST_PROMPT, _NEWEST_GAP = 0.1, 0.2
+_FORGET_S = 60.0
 _RECENT = 0.05  # of the newest request in the recent attainment
 
 METRICS = (
@@ -37,7 +38,7 @@ METRICS = (
     Metric(
         "scheduler_late_steps",
         "counter",
-        "Steps planned to end after an online token is due.",
+        "Steps planned to take longer than online deadlines leave them.",
         ("reason",),
     ),
     Metric("scheduler_policy_seconds", "counter", "Time spent planning steps."),
@@ -130,6 +131,7 @@ class Books:
 
     def __init__(self) -> None:
         self.now_s = 0.0
+        self._attained_s = 0.0
         self._counts: Counter[tuple[str, str]] = Counter()
         self._ttft_s: defaultdict[str, float] = defaultdict(float)
         self._tpot_s: defaultdict[str, float] = defaultdict(float)
@@ -164,7 +166,7 @@ class Books:
         record = served(request)
         if record is None or record.first_token_s is None:
             return
-        if request.status.name == "FINISHED_ABORTED":
+        if request.status.name in ("FINISHED_ABORTED", "FINISHED_ERROR"):
             return
         name = _class(record.online)
         further = request.num_output_tokens - 1
@@ -175,6 +177,12 @@ class Books:
             met = record.first_token_s <= record.first_due_s and tpot_s <= record.tpot_s
             self._slo_met += met
             self.attainment += _RECENT * (met - self.attainment)
+            self._attained_s = self.now_s
+
+    def recent_attainment(self, now_s: float) -> float:
+        """The attainment, as far as it still says something: misses fade within minutes."""
+        left = math.exp(-max(0.0, now_s - self._attained_s) / _FORGET_S)
+        return 1.0 - (1.0 - self.attainment) * left
 
     def samples(
         self, queues: Sequence[Any], running: Iterable[Any], step_time: StepTime

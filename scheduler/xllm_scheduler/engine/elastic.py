@@ -77,10 +77,10 @@ class _Step:
             self.chunks[request.request_id] = total
 
     def free_last(self, in_order: Sequence[PrefillView]) -> None:
-        """Let whom only the budget bounds have what those that vLLM serves before it leave."""
+        """Let an online one that only the budget bounds have what those before it may leave."""
         for request in reversed(in_order):
             if request.request_id in self.tokens:
-                if not self.tokens_left:
+                if request.online and not self.tokens_left:
                     self.chunks.pop(request.request_id, None)
                 return
 
@@ -95,13 +95,6 @@ class _Step:
         fitting = time.prefill_tokens_within(spare_ms, request.context_tokens + before)
         tokens = int(min(fitting, self.tokens_left, _most_tokens(request) - before))
         return tokens if before or tokens >= _least_tokens(request) else 0
-
-    def add_decodes(self, decodes: int, context_tokens: int, drafted: int) -> None:
-        """Add decodes, with so many draft tokens beside their own in all."""
-        shape = self.shape.with_decodes(decodes, context_tokens)
-        self.shape = shape._replace(prefill_tokens=shape.prefill_tokens + drafted)
-        self.tokens_left -= decodes + drafted
-        self.used += decodes + drafted
 
 
 class ElasticPolicy(StepPolicy):
@@ -168,7 +161,7 @@ class ElasticPolicy(StepPolicy):
             max_tokens=view.max_tokens if free else step.used,
             held=frozenset(held),
             chunk_tokens=step.chunks,
-            admit_offline=free or any(r.request_id in step.tokens for r in queued),
+            admit_offline=any(r.request_id in step.tokens for r in queued),
             preempt=preempt,
             target_ms=bound_ms,
             planned_ms=planned_ms,
@@ -196,7 +189,9 @@ class ElasticPolicy(StepPolicy):
         drafted = sum(offline.new_tokens) > len(offline.ids)
         if drafted or online.tokens + len(offline.ids) > view.max_tokens:
             return None
-        return StepPlan(view.max_tokens, target_ms=target_ms, planned_ms=planned_ms)
+        return StepPlan(
+            view.max_tokens, admit_offline=False, target_ms=target_ms, planned_ms=planned_ms
+        )
 
     def _caution(self, view: StepView) -> float:
         """By how much to be more careful than is planned, since online requests missed SLOs."""
@@ -323,8 +318,9 @@ class ElasticPolicy(StepPolicy):
             if name not in preempt:
                 if owed_ms < time.added_ms(tokens, size) or tokens > step.tokens_left:
                     return None
-                step.add_decodes(1, size, tokens - 1)
-                step.tokens[name] = tokens
+                step.shape = step.shape.with_chunk(tokens, size)
+                step.tokens_left -= tokens
+                step.used += tokens
                 return name
         slots = view.free_slots - len([r for r in view.waiting if r.online])
         admitted = [r for r in queued if slots > 0 and r.blocks <= view.free_blocks]
@@ -348,10 +344,10 @@ class ElasticPolicy(StepPolicy):
     ) -> set[str]:
         """Add decodes in order while they fit; return the others, to be held."""
         time = step.time
-        per_decode, per_context, per_token = time.decode, time.context, time.token
+        per_decode, per_context = time.decode, time.context
         room_ms = target_ms - step.ms()
         tokens_left = step.tokens_left
-        count = context = drafted = 0
+        count = context = 0
         held: set[str] = set()
         if time.experts:
             # All of those that this step may yet touch, so that none is forgotten.
@@ -362,17 +358,23 @@ class ElasticPolicy(StepPolicy):
         ):
             if name == owed or name in preempt:
                 continue
-            added_ms = per_decode + per_context * size + per_token * (tokens - 1)
+            added_ms = per_decode + per_context * size
+            if tokens > 1:
+                added_ms = time.added_ms(tokens, size)
             # Who comes later may be cheaper, but first come is first served.
             if held or added_ms > room_ms or tokens > tokens_left:
                 held.add(name)
                 continue
             room_ms -= added_ms
             tokens_left -= tokens
-            count += 1
-            context += size
-            drafted += tokens - 1
-        step.add_decodes(count, context, drafted)
+            if tokens > 1:
+                step.shape = step.shape.with_chunk(tokens, size)
+            else:
+                count += 1
+                context += size
+        step.shape = step.shape.with_decodes(count, context)
+        step.used += step.tokens_left - tokens_left
+        step.tokens_left = tokens_left
         return held
 
     def _add_offline_prefills(

@@ -33,6 +33,13 @@ def profile_key(vllm_config: Any) -> dict[str, Any]:
     }
 
 
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # there is no home
+        return Path(name)
+
+
 class Profile:
     """The file from which the step-time model starts and to which it is saved.
 
@@ -53,16 +60,20 @@ class Profile:
         self.origin = "none"
         if directory:
             digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-            self._path = Path(directory).expanduser() / f"step-time-{digest}.json"
+            self._path = _expanded(directory) / f"step-time-{digest}.json"
         if start:
-            self._load(Path(start).expanduser())
-        elif self._path is not None and self._path.exists():
-            self._load(self._path)
+            self._load(_expanded(start), expected=True)
+        elif self._path is not None:
+            self._load(self._path, expected=False)
 
-    def _load(self, path: Path) -> None:
+    def _load(self, path: Path, *, expected: bool) -> None:
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             self._model.restore(document["profile"])
+        except FileNotFoundError as error:
+            if expected:
+                logger.warning("The step-time profile %s is not used: %s.", path, error)
+            return
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("The step-time profile %s is not used: %s.", path, error)
             return

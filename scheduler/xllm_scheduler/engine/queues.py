@@ -139,15 +139,13 @@ class ClassQueue(RequestQueue):  # type: ignore[misc]
 
     def remove_request(self, request: Request) -> None:
         """Take one request out, open lane or not."""
-        self._lane(request).remove_request(request)
+        self.remove_requests([request])
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
-        """Take several out, open lane or not."""
+        """Take several out, open lane or not, and whatever their class has become."""
         wanted = set(requests)
-        for lane, online in ((self._online, True), (self._offline, False)):
-            mine = {r for r in wanted if self._is_online(r) is online}
-            if mine:
-                lane.remove_requests(mine)
+        self._online.remove_requests(wanted)
+        self._offline.remove_requests(wanted)
 
     def count(self, online: bool) -> int:
         """How many requests of one class wait."""

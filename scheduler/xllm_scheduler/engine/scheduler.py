@@ -78,10 +78,10 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         # What continues a streaming session is no request of its own: see below.
         if request.request_id not in self.requests:
             self._take_in(request)
-            if levers.by_priority(self) and not is_online(request):
+            if levers.by_priority(self):
                 # vLLM preempts by this number alone; no online request may be its first choice.
-                most = self._section.offline_above_priority
-                request.priority = max(request.priority, most + 1)
+                most, own = self._section.offline_above_priority, request.priority
+                request.priority = min(own, most) if is_online(request) else max(own, most + 1)
         super().add_request(request)
 
     def _update_request_as_session(self, session: Request, update: Any) -> None:
@@ -108,7 +108,10 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         for queue in self._queues:
             queue.offline_open = plan.admit_offline
         try:
-            with levers.token_budget(self, plan.max_tokens):
+            with (
+                levers.token_budget(self, plan.max_tokens),
+                levers.reserved_loras(self, lambda r: self._sits_out(r, plan)),
+            ):
                 output = super().schedule(*args, **kwargs)
         finally:
             if self._chunk_tokens:
@@ -158,7 +161,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         if self._first_token_pending.pop(request.request_id, None) and request.num_output_tokens:
             self._books.first_token(request)
         self._books.finished(request)
-        if is_online(request):
+        if is_online(request) and request.status.name != "FINISHED_ABORTED":
             self._demand.finished(request.num_output_tokens)
         return super()._free_request(request, *args, **kwargs)
 
@@ -175,6 +178,10 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         lane = new_lane()
         online = DeadlineLane(due_s) if isinstance(lane, deque) else lane
         return ClassQueue(online, new_lane(), is_online)
+
+    @staticmethod
+    def _sits_out(request: Request, plan: StepPlan) -> bool:
+        return request.request_id in plan.held or plan.chunk_tokens.get(request.request_id) == 0
 
     def _take_in(self, request: Request) -> Served:
         params = request.sampling_params
@@ -268,7 +275,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             online_prompt_tokens=self._demand.prompt_tokens,
             online_output_tokens=self._demand.output_tokens,
             online_rate=self._demand.rate(now_s),
-            attainment=self._books.attainment,
+            attainment=self._books.recent_attainment(now_s),
             victims=views.victims(self, offline) if preempts else (),
         )
 
@@ -280,10 +287,12 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             # One that finds no slot is shown as well: others may be preempted for it.
             most = min(_WINDOW, max(int(online), free_slots - len(shown)))
             tokens = self.max_num_scheduled_tokens
+            holding = [r for r in levers.kv_holding(self) if is_online(r) is online]
+            shown += [r for r in holding if levers.is_ready(self, r)]
             for queue in self._queues:
                 queue.turn(now_s)
                 for request in queue.head(online, most):
-                    if tokens > 0 and levers.is_ready(request):
+                    if tokens > 0 and levers.is_ready(self, request):
                         shown.append(request)
                         tokens -= request.num_tokens - request.num_computed_tokens
         return shown
@@ -301,7 +310,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             and not throttled
             and bool(plan.held or plan.chunk_tokens)
             and output.total_num_scheduled_tokens < plan.max_tokens
-            and all(map(levers.is_ready, let_in))
+            and all(levers.is_ready(self, request) for request in let_in)
         )
         shape = StepShape()
         decodes = context = 0

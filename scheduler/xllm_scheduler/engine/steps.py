@@ -42,7 +42,7 @@ class StepClock:
 
     def launched(self, key: int, shape: StepShape, now_s: float) -> None:
         """Note a step: a key to find it by, and what it computes."""
-        predicted_ms = self._model.current.step_ms(shape)
+        predicted_ms = 0.0 if shape.is_empty else self._model.current.step_ms(shape)
         self._in_flight.append(_Launched(key, now_s, shape, predicted_ms))
 
     def ended(self, key: int, now_s: float) -> None:

@@ -29,14 +29,17 @@ def online_decodes(requests: Sequence[Any], start_s: float) -> OnlineDecodes:
         computed = request.num_computed_tokens
         # All but the last token are computed, or will be when the steps in flight have ended.
         outputs = computed + 1 - request.num_prompt_tokens
+        drafts = len(request.spec_token_ids)
+        if drafts:  # of the tokens in flight so many may yet be rejected
+            outputs -= request.num_output_placeholders * drafts // (1 + drafts)
         tpot_s = record.tpot_s
         # A first token in flight comes when its step ends, which is when this one starts.
         dues.append((record.first_token_s or start_s) + outputs * tpot_s)
         produced.append(outputs)
         tpots.append(tpot_s * 1e3)
-        if request.spec_token_ids:
+        if drafts:
             drafted += 1
-            shape = shape.with_chunk(1 + len(request.spec_token_ids), computed)
+            shape = shape.with_chunk(1 + drafts, computed)
         else:
             context += computed
     if not dues:
@@ -75,12 +78,16 @@ def running_prefill(scheduler: Any, request: Any) -> PrefillView:
 def waiting_prefill(scheduler: Any, request: Any) -> PrefillView:
     """A request that waits; what the prefix cache holds of it is not known yet."""
     computed = request.num_computed_tokens
+    remote = levers.is_remote(request)
+    new_tokens = 1 if remote else max(1, request.num_tokens - computed)
+    if new_tokens == 1:
+        new_tokens += scheduler.num_spec_tokens  # vLLM pads such a request or does not admit it
     return PrefillView(
         request_id=request.request_id,
         online=is_online(request),
         running=False,
         due_s=due_s(request),
-        new_tokens=1 if levers.is_remote(request) else request.num_tokens - computed,
+        new_tokens=new_tokens,
         context_tokens=computed,
         step_tokens=levers.most_step_tokens(scheduler),
         splittable=_splittable(scheduler, request),

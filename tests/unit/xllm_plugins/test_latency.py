@@ -263,4 +263,6 @@ def test_the_solution_is_the_best_over_all_active_sets(
         if (trial >= 0.0).all():
             best = min(best, loss(trial))
     assert (found >= 0.0).all()
+    assert (found[~used] == np.array(start)[~used]).all()  # not seen now: as it was
+    found[~used] = 0.0
     assert loss(found * norm) == pytest.approx(best, rel=1e-6, abs=1e-6)

@@ -95,13 +95,15 @@ def step_ms(**view: Any) -> float:
 @pytest.mark.parametrize("due_ms", [-500.0, 20.0, 1000.0])
 def test_online_decodes_alone_are_left_to_vllm(step_time: StepTime, due_ms: float) -> None:
     found = plan(online=online(due_ms), step_time=step_time)
-    assert found._replace(target_ms=math.inf, planned_ms=0.0, late=None) == StepPlan(4096)
+    plain = StepPlan(4096, admit_offline=False)
+    assert found._replace(target_ms=math.inf, planned_ms=0.0, late=None) == plain
     assert found.late is (None if found.planned_ms <= found.target_ms else Late.ONLINE)
 
 
 def test_online_prompts_that_fit_are_left_to_vllm() -> None:
     found = plan(online=online(1000), waiting=[new_prompt("on", 100, due_ms=1500)])
-    assert found == StepPlan(4096, target_ms=found.target_ms, planned_ms=10 + 1 + 50)
+    plain = StepPlan(4096, admit_offline=False)
+    assert found == plain._replace(target_ms=found.target_ms, planned_ms=10 + 1 + 50)
     assert found.target_ms == pytest.approx(950.0)
 
 
@@ -192,7 +194,8 @@ def test_a_reserve_grows_by_a_tpot_with_each_token(produced: int, left_ms: float
 
 def test_a_step_of_decodes_that_all_fit_is_left_to_vllm() -> None:
     found = plan(online=online(140), offline=offline(1, 1))
-    assert found == StepPlan(4096, target_ms=found.target_ms, planned_ms=13.0)
+    plain = StepPlan(4096, admit_offline=False)
+    assert found == plain._replace(target_ms=found.target_ms, planned_ms=13.0)
     assert found.target_ms == pytest.approx(90.0)
 
 
@@ -639,9 +642,9 @@ def test_a_chunk_in_a_hurry_is_worth_its_overhead() -> None:
 
 
 def test_drafted_tokens_of_offline_decodes_take_their_time() -> None:
-    # 10 + 1 online + 4 * 3 offline leave 67 ms of 90.
+    # 10 + 1 online + 4 * 2.5 offline leave 69 ms of 90.
     found = plan(online=online(140.1), offline=offline(5, 5, 5, 5), prefills=[prompt("off", 1000)])
-    assert found.chunk_tokens == {"off": 134}
+    assert found.chunk_tokens == {"off": 138}
 
 
 def test_more_online_tokens_than_budget_give_no_negative_chunk() -> None:
