@@ -409,7 +409,7 @@ class ElasticPolicy(StepPolicy):
         for request in offline[1]:
             before = step.tokens.get(request.request_id, 0)
             tokens = self._fitting(step, request, targets, tokens_left)
-            if closed or not (tokens or before) or (request.blocks > blocks and not before):
+            if closed or not (tokens or before) or (request.blocks > max(0, blocks) and not before):
                 break
             step.add(request, tokens)
             tokens_left -= tokens
