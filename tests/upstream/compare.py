@@ -74,8 +74,6 @@ DIFFERS = {
     f"{CORE}/test_worker_slot_overflow.py::"
     "test_reset_prefix_cache_priority_does_not_over_admit_worker_slot": _ORDER,
     f"{_FAILURE}_sync_load_failure": _LOADED,
-    f"{_REMOTE}_async_load_does_not_double_reserve_mamba_spec_blocks": _HEADROOM,
-    f"{_REMOTE}_async_load_reserves_blocks_for_promotion_margin": _HEADROOM,
     f"{_SCHEDULER}_fcfs_mixed_blocked_types_remote_load_drains_first": _ORDER,
     f"{_SCHEDULER}_priority_scheduling_arrival_time_tiebreaker": _ORDER,
     f"{_SCHEDULER}_priority_scheduling_basic_ordering": _ORDER,
