@@ -16,9 +16,9 @@ from xllm_scheduler.engine.policy import (
     StepView,
     Victim,
 )
+from xllm_scheduler.engine.step_builder import Step, least_tokens, most_tokens
 
 _COLD_TOKENS = 64  # of offline prefill in a step of which the model has seen nothing alike
-_MIN_CHUNK = 16  # smaller chunks cost more in overhead than they bring
 _GROWTH = 2  # how far beyond the largest prefill seen so far a prediction is relied on
 _SURE_ERROR = 0.05  # an error of the model up to which the margin is as configured
 _ERROR_WEIGHT = 4.0  # by how much a larger error widens it
@@ -34,67 +34,6 @@ _WHOLE_TTFT = 0.5  # the longest step with a prompt that cannot be cut, in TTFT 
 _PATIENCE = 0.5  # the part of the TTFT SLO that is left when others are preempted for a request
 _GOAL, _CAUTION = 0.98, 20.0  # below this attainment, each 5 % missing double the care
 _MAX_PACE = 2.0  # the longest step beside online decodes, in TPOT SLOs
-
-
-def _most_tokens(request: PrefillView) -> int:
-    """What vLLM computes of it in a step that nothing else bounds."""
-    return min(request.new_tokens, request.step_tokens)
-
-
-def _least_tokens(request: PrefillView) -> int:
-    most = _most_tokens(request)
-    return min(_MIN_CHUNK, most) if request.splittable else most
-
-
-class _Step:
-    """A step under construction: its shape, what is left of the budget, and the caps."""
-
-    def __init__(self, view: StepView) -> None:
-        self.time = view.step_time
-        self.shape = view.online.shape
-        self.tokens_left = max(0, view.max_tokens - view.online.tokens)
-        self.used = min(view.max_tokens, view.online.tokens)
-        self.tokens: dict[str, int] = {}
-        self.chunks: dict[str, int] = {}
-        self.timed = False  # whether an online prompt got less than vLLM would have given it
-
-    def ms(self) -> float:
-        return self.time.step_ms(self.shape)
-
-    def add(self, request: PrefillView, tokens: int) -> None:
-        """Add so many of a request's tokens, more of them if it is in the step already."""
-        before = self.tokens.get(request.request_id, 0)
-        tokens = min(tokens, self.tokens_left)
-        self.shape = self.shape.with_chunk(tokens, request.context_tokens + before)
-        self.tokens_left -= tokens
-        self.used += tokens
-        total = before + tokens
-        if total:
-            self.tokens[request.request_id] = total
-        self.chunks.pop(request.request_id, None)
-        # A waiting request without tokens needs no cap: what is left of the budget is not its.
-        if total < _most_tokens(request) and (total or request.running):
-            self.chunks[request.request_id] = total
-
-    def free_last(self, in_order: Sequence[PrefillView]) -> None:
-        """Let an online one that only the budget bounds have what those before it may leave."""
-        for request in reversed(in_order):
-            if request.request_id in self.tokens:
-                if request.online and not self.tokens_left:
-                    self.chunks.pop(request.request_id, None)
-                return
-
-    def room(self, request: PrefillView, target_ms: float) -> int:
-        """How many more tokens of a prefill fit; a small rest of it or at least a minimal chunk."""
-        time = self.time
-        before = self.tokens.get(request.request_id, 0)
-        spare_ms = target_ms - self.ms()
-        if time.experts:
-            # A chunk of any size may touch the experts that nothing else in the step does.
-            spare_ms -= time.experts - time.experts_ms(self.shape.tokens)
-        fitting = time.prefill_tokens_within(spare_ms, request.context_tokens + before)
-        tokens = int(min(fitting, self.tokens_left, _most_tokens(request) - before))
-        return tokens if before or tokens >= _least_tokens(request) else 0
 
 
 class ElasticPolicy(StepPolicy):
@@ -134,7 +73,7 @@ class ElasticPolicy(StepPolicy):
         running = [r for r in view.prefills if not r.online and r.new_tokens]
         running = [r for r in running if r.request_id not in preempt]
         queued = [] if preempt else [r for r in view.waiting if not r.online and r.new_tokens]
-        step = _Step(view)
+        step = Step(view)
         busy = bool(view.online.due_s or online)
         owed = self._owed(view, step, running, queued, preempt) if busy else None
         due_ms = self._due_ms(view, margin_ms, 1.0 - self._section.online_share)
@@ -250,7 +189,7 @@ class ElasticPolicy(StepPolicy):
         return min(bound_ms, idle_ms, pace_ms), whole_ms
 
     def _add_online_prefills(
-        self, step: _Step, view: StepView, prefills: list[PrefillView], due_ms: float
+        self, step: Step, view: StepView, prefills: list[PrefillView], due_ms: float
     ) -> tuple[float, bool]:
         """Add them, most urgent first.
 
@@ -270,7 +209,7 @@ class ElasticPolicy(StepPolicy):
             return request.due_s < view.start_s, request.due_s
 
         for index, request in enumerate(sorted(prefills, key=urgency)):
-            most, least = _most_tokens(request), _least_tokens(request)
+            most, least = most_tokens(request), least_tokens(request)
             tokens = step.room(request, bound_ms)
             slack_ms = (request.due_s - view.start_s) * 1e3 * (1.0 - _SURE_ERROR)
             if tokens < most and slack_ms > 0.0:
@@ -302,7 +241,7 @@ class ElasticPolicy(StepPolicy):
     def _owed(
         self,
         view: StepView,
-        step: _Step,
+        step: Step,
         running: list[PrefillView],
         queued: list[PrefillView],
         preempt: Sequence[str],
@@ -325,7 +264,7 @@ class ElasticPolicy(StepPolicy):
         slots = view.free_slots - len([r for r in view.waiting if r.online])
         admitted = [r for r in queued if slots > 0 and r.blocks <= view.free_blocks]
         for request in (running or admitted)[:1]:
-            tokens = _least_tokens(request)
+            tokens = least_tokens(request)
             if tokens > step.tokens_left or owed_ms < time.added_ms(tokens, request.context_tokens):
                 return None
             if tokens < request.new_tokens and not view.can_cap:
@@ -336,7 +275,7 @@ class ElasticPolicy(StepPolicy):
 
     def _add_offline_decodes(
         self,
-        step: _Step,
+        step: Step,
         decodes: OfflineDecodes,
         target_ms: float,
         owed: str | None,
@@ -379,7 +318,7 @@ class ElasticPolicy(StepPolicy):
 
     def _add_offline_prefills(
         self,
-        step: _Step,
+        step: Step,
         view: StepView,
         online: list[PrefillView],
         offline: tuple[list[PrefillView], list[PrefillView]],
@@ -395,7 +334,7 @@ class ElasticPolicy(StepPolicy):
         for request in offline[0]:
             tokens = 0 if closed else self._fitting(step, request, targets, tokens_left)
             before = step.tokens.get(request.request_id, 0)
-            partial = before + tokens < _most_tokens(request)
+            partial = before + tokens < most_tokens(request)
             if (tokens or before) and not (partial and whole_only):
                 step.add(request, tokens)
                 tokens_left -= tokens
@@ -414,11 +353,11 @@ class ElasticPolicy(StepPolicy):
             step.add(request, tokens)
             tokens_left -= tokens
             blocks -= request.blocks
-            closed = not view.can_cap and step.tokens[request.request_id] < _most_tokens(request)
+            closed = not view.can_cap and step.tokens[request.request_id] < most_tokens(request)
         return held
 
     def _fitting(
-        self, step: _Step, request: PrefillView, targets: tuple[float, float], most: int
+        self, step: Step, request: PrefillView, targets: tuple[float, float], most: int
     ) -> int:
         if request.splittable:
             return min(step.room(request, targets[0]), most)
@@ -435,7 +374,7 @@ class ElasticPolicy(StepPolicy):
 
     def _force_something(
         self,
-        step: _Step,
+        step: Step,
         view: StepView,
         running: list[PrefillView],
         queued: list[PrefillView],
@@ -443,8 +382,8 @@ class ElasticPolicy(StepPolicy):
         """A step is never empty, however slow the model says that it is; whom not to hold."""
         for request in [*running, *queued][:1]:
             step.chunks.pop(request.request_id, None)
-            least = max(_least_tokens(request), min(_COLD_TOKENS, _most_tokens(request)))
-            step.add(request, least if request.splittable else _most_tokens(request))
+            least = max(least_tokens(request), min(_COLD_TOKENS, most_tokens(request)))
+            step.add(request, least if request.splittable else most_tokens(request))
             return {request.request_id}
         # What is there cannot be counted: draft tokens beyond the budget. vLLM cuts them.
         step.used = view.max_tokens
