@@ -223,8 +223,10 @@ class StepTimeModel:
         scaled = terms / scale_ms
         wrong = self.current.ready and self._error >= _WRONG
         forget = _FORGET_WRONG if wrong else _FORGET
-        self._gram = forget * self._gram + weight * np.outer(scaled, scaled)
-        self._moment = forget * self._moment + weight * scaled * (measured_ms / scale_ms)
+        self._gram *= forget
+        self._gram += scaled[:, None] * (weight * scaled)
+        self._moment *= forget
+        self._moment += scaled * (weight * measured_ms / scale_ms)
         self._steps += 1
         every = _REFIT_LATER if self._steps > _FEW_STEPS and not wrong else _REFIT_EVERY
         if self._steps >= _WARM_STEPS and self._steps % every == 0:

@@ -34,7 +34,7 @@ class SchedulerSection(Section):
         at_most=1.0,
     )
     margin_steps: float = option(
-        0.4,
+        0.6,
         "how long before an online token is due a step with offline work shall end, in TPOT SLOs; "
         "more while the latency model errs",
         at_least=0.0,

@@ -7,7 +7,7 @@ lever is called in each version, and which of them a given base class really rea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from types import SimpleNamespace
 from typing import Any
@@ -182,20 +182,21 @@ def by_priority(scheduler: Any) -> bool:
 
 def is_paused(scheduler: Any) -> bool:
     """Whether requests that wait are kept waiting."""
-    return bool(scheduler.pause_state.name != "UNPAUSED")
+    return scheduler.pause_state is not type(scheduler.pause_state).UNPAUSED
 
 
-@contextmanager
-def reserved_loras(scheduler: Any, sits_out: Callable[[Any], bool]) -> Iterator[None]:
+def reserved_loras(scheduler: Any, sits_out: Callable[[Any], bool]) -> AbstractContextManager[None]:
     """Keep the LoRA slots of running requests that sit a step out.
 
     vLLM admits waiting requests beside the adapters of those that it schedules in the step, and
     fails in a later one when more of them run than there are slots.
     """
+    return nullcontext() if scheduler.lora_config is None else _fewer_loras(scheduler, sits_out)
+
+
+@contextmanager
+def _fewer_loras(scheduler: Any, sits_out: Callable[[Any], bool]) -> Iterator[None]:
     full = scheduler.lora_config
-    if full is None:
-        yield
-        return
     adapters: dict[bool, set[int]] = {True: set(), False: set()}
     for request in scheduler.running:
         if request.lora_request is not None:

@@ -62,13 +62,13 @@ class ElasticPolicy(StepPolicy):
 
     def plan(self, view: StepView) -> StepPlan:
         """Decide one step."""
-        online = [r for r in (*view.prefills, *view.waiting) if r.online and r.new_tokens]
         margin_ms = self._margin_ms(view)
         reserve_ms = self._reserve_ms(view)
         everyone = self._everyone(view, max(margin_ms, reserve_ms))
         if everyone is not None:
             return everyone
 
+        online = [r for r in (*view.prefills, *view.waiting) if r.online and r.new_tokens]
         preempt = self._victims(view)
         running = [r for r in view.prefills if not r.online and r.new_tokens]
         running = [r for r in running if r.request_id not in preempt]
@@ -107,10 +107,9 @@ class ElasticPolicy(StepPolicy):
             late=late,
         )
 
-    def is_urgent(self, request: PrefillView, start_s: float, step_time: StepTime) -> bool:
+    def is_urgent(self, slack_ms: float, new_tokens: int, step_time: StepTime) -> bool:
         """Not as long as a slot or blocks may come free in time without anything recomputed."""
-        prefill_ms = step_time.added_ms(request.new_tokens, 0)
-        slack_ms = (request.due_s - start_s) * 1e3
+        prefill_ms = step_time.added_ms(new_tokens, 0)
         return slack_ms <= _PATIENCE * self._section.ttft_ms + 2.0 * prefill_ms
 
     def _everyone(self, view: StepView, margin_ms: float) -> StepPlan | None:

@@ -172,6 +172,12 @@ class StepPolicy(ABC):
     def plan(self, view: StepView) -> StepPlan:
         """Decide one step. Must not keep references to the view."""
 
-    def is_urgent(self, request: PrefillView, start_s: float, step_time: StepTime) -> bool:
-        """Whether to look for requests to preempt for a waiting online one that finds no room."""
+    def is_urgent(self, slack_ms: float, new_tokens: int, step_time: StepTime) -> bool:
+        """Whether to look for requests to preempt for a waiting online one that finds no room.
+
+        Args:
+            slack_ms: how long after the start of the step its first token is due.
+            new_tokens: how many of its tokens are left to compute.
+            step_time: the current latency model.
+        """
         return False

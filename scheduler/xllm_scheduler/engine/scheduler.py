@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -63,6 +64,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         self._queues: list[ClassQueue] = levers.replace_waiting_queues(self, self._class_queue)
         self._chunk_tokens: Mapping[str, int] = {}
         self._shown_waiting: list[Request] = []
+        self._running: views.Running | None = None
         self._hide_waiting = False
         self._first_token_pending: dict[str, Request] = {}
         self._offline_here = False
@@ -202,7 +204,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
 
     def _plan(self, now_s: float) -> StepPlan:
         plain = StepPlan(self.max_num_scheduled_tokens)
-        self._shown_waiting = []
+        self._shown_waiting, self._running = [], None
         if self._policy_failure:
             return plain
         try:
@@ -224,47 +226,38 @@ class ElasticMixin(_Base):  # type: ignore[misc]
 
     def _view(self, now_s: float) -> StepView | None:
         """What the policy decides on; None if there is nothing to decide."""
-        online: list[Request] = []
-        offline: list[Request] = []
-        prefills: list[Request] = []
-        moved = False
-        for request in self.running:
-            record = getattr(request, "xllm", None) or self._take_in(request)
-            if record.online:
-                moved = moved or bool(offline)
-                online.append(request)
+        start_s = self._clock.next_start_s(now_s)
+        running = self._running = views.running(self.running, start_s, self._take_in)
+        if not running.in_order:
+            # vLLM serves the first first and preempts the last first. By priority, it must find
+            # its victims behind those that it has scheduled in the same step.
+            if levers.by_priority(self):
+                self.running.sort(key=lambda r: (r.priority, r.arrival_time))
             else:
-                offline.append(request)
-            if request.is_prefill_chunk:
-                prefills.append(request)
-        if moved and levers.by_priority(self):
-            # vLLM must find its victims behind those that it has scheduled in the same step.
-            self.running.sort(key=lambda r: (r.priority, r.arrival_time))
-        elif moved:
-            # vLLM serves the first first and preempts the last first.
-            self.running[:] = online + offline
-        self._offline_here = bool(offline) or any(queue.count(False) for queue in self._queues)
+                self.running.sort(key=is_online, reverse=True)
+        self._offline_here = running.any_offline or any(q.count(False) for q in self._queues)
         if not self._offline_here:
             self._offline_ran_s = now_s
         slots, blocks = levers.free_slots(self), levers.free_blocks(self)
-        if not (self._offline_here or prefills or slots > 0):
+        if not (self._offline_here or running.prefills or slots > 0):
             return None
-        start_s = self._clock.next_start_s(now_s)
-        self._shown_waiting = self._first_waiting(now_s, slots)
+        for queue in self._queues:
+            queue.turn(now_s)
+        # Without a slot only the request for which others are preempted matters.
+        if slots > 0 or (running.any_offline and self._head_is_urgent(start_s)):
+            self._shown_waiting = self._first_waiting(slots)
         waiting = [views.waiting_prefill(self, r) for r in self._shown_waiting]
-        first = waiting[0] if offline and waiting and waiting[0].online else None
+        lacks = bool(waiting) and (slots < 1 or blocks < waiting[0].blocks)
         preempts = (
-            first is not None
-            and (slots < 1 or blocks < first.blocks)
-            and self._policy.is_urgent(first, start_s, self._model.current)
+            lacks and running.any_offline and self._is_urgent(self._shown_waiting[0], start_s)
         )
         return StepView(
             start_s=start_s,
             max_tokens=self.max_num_scheduled_tokens,
             step_time=self._model.current,
-            online=views.online_decodes(online, start_s),
-            offline=views.offline_decodes(offline),
-            prefills=[views.running_prefill(self, r) for r in prefills],
+            online=running.online,
+            offline=running.offline,
+            prefills=[views.running_prefill(self, r) for r in running.prefills],
             waiting=waiting,
             can_cap=self._can_cap,
             in_flight=self._clock.in_flight,
@@ -276,21 +269,33 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             online_output_tokens=self._demand.output_tokens,
             online_rate=self._demand.rate(now_s),
             attainment=self._books.recent_attainment(now_s),
-            victims=views.victims(self, offline) if preempts else (),
+            victims=views.victims(self) if preempts else (),
         )
 
-    def _first_waiting(self, now_s: float, free_slots: int) -> list[Request]:
+    def _head_is_urgent(self, start_s: float) -> bool:
+        heads = chain(levers.kv_holding(self), *(q.head(True, 1) for q in self._queues))
+        return any(self._is_urgent(request, start_s) for request in heads)
+
+    def _is_urgent(self, request: Request, start_s: float) -> bool:
+        if not is_online(request):
+            return False
+        slack_ms = (due_s(request) - start_s) * 1e3
+        new_tokens = request.num_tokens - request.num_computed_tokens
+        return bool(self._policy.is_urgent(slack_ms, new_tokens, self._model.current))
+
+    def _first_waiting(self, free_slots: int) -> list[Request]:
         if self._hide_waiting or levers.is_paused(self):
             return []
         shown: list[Request] = []
+        holding = [r for r in levers.kv_holding(self) if levers.is_ready(self, r)]
         for online in (True, False):
+            shown += [r for r in holding if is_online(r) is online]
             # One that finds no slot is shown as well: others may be preempted for it.
             most = min(_WINDOW, max(int(online), free_slots - len(shown)))
+            if most < 1:
+                continue
             tokens = self.max_num_scheduled_tokens
-            holding = [r for r in levers.kv_holding(self) if is_online(r) is online]
-            shown += [r for r in holding if levers.is_ready(self, r)]
             for queue in self._queues:
-                queue.turn(now_s)
                 for request in queue.head(online, most):
                     if tokens > 0 and levers.is_ready(self, request):
                         shown.append(request)
@@ -298,38 +303,46 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         return shown
 
     def _launched(self, output: Any, plan: StepPlan, throttled: bool) -> None:
-        scheduled, requests = output.num_scheduled_tokens, self.requests
         for new in output.scheduled_new_reqs:
-            self._first_token_pending[new.req_id] = requests[new.req_id]
+            self._first_token_pending[new.req_id] = self.requests[new.req_id]
         # No slot, no KV, a grammar that is not ready: what the plan set aside for waiting requests
         # came to nothing, and running ones were cut for it. The next step is planned without them;
         # otherwise each could wait for the other for ever.
-        let_in = [r for r in self._shown_waiting if plan.admit_offline or is_online(r)]
-        self._hide_waiting = (
-            bool(let_in and self.running)
-            and not throttled
-            and bool(plan.held or plan.chunk_tokens)
-            and output.total_num_scheduled_tokens < plan.max_tokens
-            and all(levers.is_ready(self, request) for request in let_in)
-        )
+        self._hide_waiting = False
+        cut = bool(plan.held or plan.chunk_tokens) and bool(self.running)
+        if cut and not throttled and output.total_num_scheduled_tokens < plan.max_tokens:
+            let_in = [r for r in self._shown_waiting if plan.admit_offline or is_online(r)]
+            ready = [levers.is_ready(self, request) for request in let_in]
+            self._hide_waiting = bool(ready) and all(ready)
+        shape, offline_ran = self._computed(output)
+        now_s = time.monotonic()
+        if offline_ran:
+            self._offline_ran_s = now_s
+        self._clock.launched(id(output), shape, now_s)
+
+    def _computed(self, output: Any) -> tuple[StepShape, bool]:
+        """What a step computes, and whether any of it is offline work."""
+        scheduled, running = output.num_scheduled_tokens, self._running
+        if running is not None and running.decodes and not output.scheduled_new_reqs:
+            count = running.decodes.decodes
+            if len(scheduled) == count == output.total_num_scheduled_tokens:
+                # The usual step: all that ran before, with a token each.
+                return running.decodes, running.any_offline
         shape = StepShape()
-        decodes = context = 0
+        count = context = 0
         offline_ran, offline_here = False, self._offline_here
         for request_id, tokens in scheduled.items():
-            request = requests[request_id]
+            request = self.requests[request_id]
             # vLLM has already advanced it by the tokens of this step.
             computed = request.num_computed_tokens - tokens
             if tokens == 1:
-                decodes += 1
+                count += 1
                 context += computed
             else:
                 shape = shape.with_chunk(tokens, max(0, computed))
             if offline_here and not offline_ran:
                 offline_ran = not is_online(request)
-        now_s = time.monotonic()
-        if offline_ran:
-            self._offline_ran_s = now_s
-        self._clock.launched(id(output), shape.with_decodes(decodes, context), now_s)
+        return shape.with_decodes(count, context), offline_ran
 
 
 def _base_of(cls: type) -> type:

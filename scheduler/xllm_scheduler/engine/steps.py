@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from xllm_plugins.latency import StepShape, StepTimeModel
 
 
-@dataclass(frozen=True)
-class _Launched:
+class _Launched(NamedTuple):
     key: int
     at_s: float
     shape: StepShape

@@ -2,62 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from heapq import nsmallest
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from xllm_plugins.compat import scheduler_levers as levers
 from xllm_plugins.latency import StepShape
-from xllm_scheduler.engine.books import due_s, is_online
+from xllm_scheduler.engine.books import Served, due_s, is_online
 from xllm_scheduler.engine.policy import OfflineDecodes, OnlineDecodes, PrefillView, Victim
 
 _MOST_VICTIMS = 16
-_NO_DECODES = OnlineDecodes()
-_NO_OFFLINE_DECODES = OfflineDecodes()
 
 
-def online_decodes(requests: Sequence[Any], start_s: float) -> OnlineDecodes:
-    """Those of the online requests that generate."""
-    dues, produced, tpots = [], [], []
+class Running(NamedTuple):
+    """The running requests, sorted by what they do.
+
+    Attributes:
+        online: those with SLOs that generate.
+        offline: the others that generate.
+        prefills: the requests whose prompt is not computed yet.
+        any_offline: whether there are offline ones, in whichever phase.
+        in_order: whether all with SLOs come before all others.
+        decodes: the shape of a step of all that runs, if each computes a single token; else None.
+    """
+
+    online: OnlineDecodes
+    offline: OfflineDecodes
+    prefills: Sequence[Any]
+    any_offline: bool
+    in_order: bool
+    decodes: StepShape | None
+
+
+def running(requests: Sequence[Any], start_s: float, take_in: Callable[[Any], Served]) -> Running:
+    """Sort them in one pass: this is most of what planning a step costs.
+
+    Args:
+        requests: all that run, in vLLM's order.
+        start_s: when the step that is planned will start.
+        take_in: makes the record of a request that has none yet.
+    """
+    dues: list[float] = []
+    produced: list[int] = []
+    tpots_ms: list[float] = []
+    ids: list[str] = []
+    contexts: list[int] = []
+    new_tokens: list[int] = []
+    prefills: list[Any] = []
+    any_offline, in_order = False, True
     context = drafted = 0
     shape = StepShape()
     for request in requests:
+        record = getattr(request, "xllm", None) or take_in(request)
+        if record.online:
+            in_order = in_order and not any_offline
+        else:
+            any_offline = True
         if request.is_prefill_chunk:
+            prefills.append(request)
             continue
-        record = request.xllm
         computed = request.num_computed_tokens
+        drafts = request.spec_token_ids
+        if not record.online:
+            ids.append(request.request_id)
+            contexts.append(computed)
+            new_tokens.append(1 + len(drafts))
+            continue
+        tpot_s = record.tpot_s
         # All but the last token are computed, or will be when the steps in flight have ended.
         outputs = computed + 1 - request.num_prompt_tokens
-        drafts = len(request.spec_token_ids)
         if drafts:  # of the tokens in flight so many may yet be rejected
-            outputs -= request.num_output_placeholders * drafts // (1 + drafts)
-        tpot_s = record.tpot_s
+            outputs -= request.num_output_placeholders * len(drafts) // (1 + len(drafts))
+            drafted += 1
+            shape = shape.with_chunk(1 + len(drafts), computed)
+        else:
+            context += computed
         # A first token in flight comes when its step ends, which is when this one starts.
         dues.append((record.first_token_s or start_s) + outputs * tpot_s)
         produced.append(outputs)
-        tpots.append(tpot_s * 1e3)
-        if drafts:
-            drafted += 1
-            shape = shape.with_chunk(1 + drafts, computed)
-        else:
-            context += computed
-    if not dues:
-        return _NO_DECODES
+        tpots_ms.append(tpot_s * 1e3)
     shape = shape.with_decodes(len(dues) - drafted, context)
-    return OnlineDecodes(dues, produced, tpots, shape, shape.tokens)
-
-
-def offline_decodes(requests: Sequence[Any]) -> OfflineDecodes:
-    """Those of the offline requests that generate, in order."""
-    decodes = [r for r in requests if not r.is_prefill_chunk]
-    if not decodes:
-        return _NO_OFFLINE_DECODES
-    return OfflineDecodes(
-        [r.request_id for r in decodes],
-        [r.num_computed_tokens for r in decodes],
-        [1 + len(r.spec_token_ids) for r in decodes],
-    )
+    online = OnlineDecodes(dues, produced, tpots_ms, shape, shape.tokens)
+    single = not (prefills or drafted) and sum(new_tokens) == len(ids)
+    decodes = shape.with_decodes(len(ids), sum(contexts)) if single else None
+    offline = OfflineDecodes(ids, contexts, new_tokens)
+    return Running(online, offline, prefills, any_offline, in_order, decodes)
 
 
 def running_prefill(scheduler: Any, request: Any) -> PrefillView:
@@ -95,8 +125,9 @@ def waiting_prefill(scheduler: Any, request: Any) -> PrefillView:
     )
 
 
-def victims(scheduler: Any, offline: Sequence[Any]) -> list[Victim]:
+def victims(scheduler: Any) -> list[Victim]:
     """The offline requests that could be preempted, those with the least to compute again."""
+    offline = [r for r in scheduler.running if not is_online(r)]
     candidates = [r for r in offline if levers.can_preempt(scheduler, r)]
     return [
         Victim(r.request_id, r.num_computed_tokens, levers.own_blocks(scheduler, r))

@@ -89,9 +89,8 @@ def test_a_request_with_time_left_preempts_nobody_yet() -> None:
     blocks may well come free by themselves.
     """
     policy = ElasticPolicy(SchedulerSection(ttft_ms=2000.0))
-    waiting = prompt("online", 80, 1900.0, running=False)
-    assert not policy.is_urgent(waiting, NOW_S, FAST)
-    assert policy.is_urgent(waiting, NOW_S + 1.0, FAST)
+    assert not policy.is_urgent(1900.0, 80, FAST)
+    assert policy.is_urgent(900.0, 80, FAST)
 
 
 def test_online_prompts_and_decodes_share_a_step() -> None:

@@ -519,8 +519,7 @@ def test_who_is_preempted_takes_no_part_and_nobody_is_admitted_in_its_place() ->
 def test_a_request_is_urgent_once_half_its_ttft_and_two_prefills_are_left(
     due_ms: float, urgent: bool
 ) -> None:
-    waiting = new_prompt("on", 100, due_ms=due_ms)  # 50 ms
-    assert ElasticPolicy(SECTION).is_urgent(waiting, NOW_S, TIME) is urgent
+    assert ElasticPolicy(SECTION).is_urgent(due_ms, 100, TIME) is urgent  # 50 ms
 
 
 # Without online work
