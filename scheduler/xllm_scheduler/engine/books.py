@@ -15,7 +15,7 @@ from xllm_scheduler.engine.policy import Late, StepPlan
 
 _BY_CLASS = ("class",)
 _NEWEST_PROMPT, _NEWEST_GAP = 0.1, 0.2
-_FORGET_S = 60.0
+_FORGET_S = 60.0  # without a finished request, misses count for a third after so long
 _RECENT = 0.05  # of the newest request in the recent attainment
 
 METRICS = (

@@ -64,7 +64,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         self._queues: list[ClassQueue] = levers.replace_waiting_queues(self, self._class_queue)
         self._chunk_tokens: Mapping[str, int] = {}
         self._shown_waiting: list[Request] = []
-        self._running: views.Running | None = None
+        self._looked_at: views.Running | None = None
         self._hide_waiting = False
         self._first_token_pending: dict[str, Request] = {}
         self._offline_here = False
@@ -204,7 +204,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
 
     def _plan(self, now_s: float) -> StepPlan:
         plain = StepPlan(self.max_num_scheduled_tokens)
-        self._shown_waiting, self._running = [], None
+        self._shown_waiting, self._looked_at = [], None
         if self._policy_failure:
             return plain
         try:
@@ -227,7 +227,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
     def _view(self, now_s: float) -> StepView | None:
         """What the policy decides on; None if there is nothing to decide."""
         start_s = self._clock.next_start_s(now_s)
-        running = self._running = views.running(self.running, start_s, self._take_in)
+        running = self._looked_at = views.running(self.running, start_s, self._take_in)
         if not running.in_order:
             # vLLM serves the first first and preempts the last first. By priority, it must find
             # its victims behind those that it has scheduled in the same step.
@@ -322,7 +322,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
 
     def _computed(self, output: Any) -> tuple[StepShape, bool]:
         """What a step computes, and whether any of it is offline work."""
-        scheduled, running = output.num_scheduled_tokens, self._running
+        scheduled, running = output.num_scheduled_tokens, self._looked_at
         if running is not None and running.decodes and not output.scheduled_new_reqs:
             count = running.decodes.decodes
             if len(scheduled) == count == output.total_num_scheduled_tokens:
