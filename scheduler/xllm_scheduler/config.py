@@ -48,7 +48,7 @@ class SchedulerSection(Section):
         at_most=1.0,
     )
     offline_floor: float = option(
-        0.02,
+        0.005,
         "share of the time that offline work gets even where online work needs it all",
         at_least=0.0,
         at_most=1.0,

@@ -47,20 +47,34 @@ METRICS = (
 
 @dataclass(slots=True)
 class Served:
-    """One request, attached to it as ``request.xllm``; times are of ``time.monotonic()``."""
+    """One request, attached to it as ``request.xllm``; times are of ``time.monotonic()``.
+
+    Attributes:
+        offline_s: the time that offline work had added to steps when it arrived, later when its
+            first token came.
+        first_alone_s: when the first token would have come without offline work.
+    """
 
     service: Service
     arrival_s: float
     online: bool
     first_due_s: float
     tpot_s: float
+    offline_s: float
     first_token_s: float | None = None
+    first_alone_s: float = 0.0
 
     @classmethod
-    def of(cls, service: Service, arrival_s: float) -> Served:
-        """The record of a request that has just arrived."""
+    def of(cls, service: Service, arrival_s: float, offline_s: float = 0.0) -> Served:
+        """The record of a request that has just arrived.
+
+        Args:
+            service: its class and SLOs.
+            arrival_s: when it arrived.
+            offline_s: the time that offline work has added to steps so far.
+        """
         due_s = arrival_s + service.ttft_ms / 1e3 if service.online else math.inf
-        return cls(service, arrival_s, service.online, due_s, service.tpot_ms / 1e3)
+        return cls(service, arrival_s, service.online, due_s, service.tpot_ms / 1e3, offline_s)
 
 
 def served(request: Any) -> Served | None:
@@ -126,18 +140,19 @@ class Books:
 
     Attributes:
         now_s: the end of the step whose output is being taken in.
+        offline_s: the time that offline work has added to steps until then.
         attainment: the share of recent online requests that met both SLOs.
     """
 
     def __init__(self) -> None:
-        self.now_s = 0.0
+        self.now_s = self.offline_s = 0.0
         self._attained_s = 0.0
         self._counts: Counter[tuple[str, str]] = Counter()
         self._ttft_s: defaultdict[str, float] = defaultdict(float)
         self._tpot_s: defaultdict[str, float] = defaultdict(float)
         self._late: Counter[Late] = Counter()
         self._slo_met = 0
-        self.attainment = 1.0
+        self.attainment = self._relative_attainment = 1.0
         self._steps = 0
         self._policy_s = 0.0
         self._plan = StepPlan(0)
@@ -159,6 +174,8 @@ class Books:
         record = served(request)
         if record is not None and record.first_token_s is None:
             record.first_token_s = self.now_s
+            record.first_alone_s = self.now_s - (self.offline_s - record.offline_s)
+            record.offline_s = self.offline_s
             self._ttft_s[_class(record.online)] += self.now_s - record.arrival_s
 
     def finished(self, request: Any) -> None:
@@ -177,12 +194,20 @@ class Books:
             met = record.first_token_s <= record.first_due_s and tpot_s <= record.tpot_s
             self._slo_met += met
             self.attainment += _RECENT * (met - self.attainment)
-            self._attained_s = self.now_s
+            added_s = (self.offline_s - record.offline_s) / further if further > 0 else 0.0
+            alone = record.first_alone_s <= record.first_due_s and tpot_s - added_s <= record.tpot_s
+            if met or alone:
+                self._relative_attainment += _RECENT * (met - self._relative_attainment)
+                self._attained_s = self.now_s
 
-    def recent_attainment(self, now_s: float) -> float:
-        """The attainment, as far as it still says something: misses fade within minutes."""
+    def relative_attainment(self, now_s: float) -> float:
+        """The share of recent online requests that met both SLOs, of those that offline work let.
+
+        Who would have missed them also without the time that it added to steps is not counted.
+        Misses fade within minutes.
+        """
         left = math.exp(-max(0.0, now_s - self._attained_s) / _FORGET_S)
-        return 1.0 - (1.0 - self.attainment) * left
+        return 1.0 - (1.0 - self._relative_attainment) * left
 
     def samples(
         self, queues: Sequence[Any], running: Iterable[Any], step_time: StepTime

@@ -25,12 +25,13 @@ _ERROR_WEIGHT = 4.0  # by how much a larger error widens it
 _MAX_MARGIN_STEPS = 2.0
 _RESERVE_GROWTH = 1.0  # of the TPOT SLO by which a reserve grows with each token
 _EASY_TTFT = 0.5  # the part of the TTFT SLO in which prefills shall be done at the decodes' pace
-_EXPECTED = 2.0  # online requests to be ready for, where fewer arrive within a TTFT
+_EXPECTED = 3.0  # times the prompts that arrive within a TTFT SLO, to be ready for
 _FEW = 2  # prefills for which decodes may be late
 _DEBT = 0.5  # of the tokens of a mean answer; so many are left of it on average
 _HASTE = 0.5  # the part of the time until a first token is due in which its prefill is planned
 _DOUBT, _MOST_DOUBT = 1.0, 0.4  # what the model's error takes from the time for a whole prompt
-_WHOLE_TTFT = 0.5  # the longest step with a prompt that cannot be cut, in TTFT SLOs
+_WHOLE_TTFT = 0.5  # a step with a prompt that cannot be cut may always take so many TTFT SLOs,
+_WHOLE_ARRIVALS = 2.0  # or as long as leaves time for so many times the prompts to be expected
 _PATIENCE = 0.5  # the part of the TTFT SLO that is left when others are preempted for a request
 _GOAL, _CAUTION = 0.98, 20.0  # below this attainment, each 5 % missing double the care
 _MAX_PACE = 2.0  # the longest step beside online decodes, in TPOT SLOs
@@ -51,7 +52,7 @@ class ElasticPolicy(StepPolicy):
     that, decodes are kept ahead by a reserve instead. Without online work a step lasts at most
     ``idle_step_share * ttft``, since an online request may arrive during it. Offline work that was
     left out for long takes part whatever it costs: it is owed ``offline_floor`` of the time, more
-    the longer it waits. All care grows while online requests miss their SLOs.
+    the longer it waits. All care grows while online requests miss SLOs for offline work.
 
     Sources: co-location and slack that carries over are xLLM's (arXiv 2511.21862, 2510.14686),
     chunks beside decodes are Sarathi-Serve's (arXiv 2403.02310); margin, reserve and debt are ours.
@@ -132,8 +133,8 @@ class ElasticPolicy(StepPolicy):
         )
 
     def _caution(self, view: StepView) -> float:
-        """By how much to be more careful than is planned, since online requests missed SLOs."""
-        return 1.0 + _CAUTION * max(0.0, _GOAL - view.attainment)
+        """By how much to be more careful than is planned, since offline work cost SLOs."""
+        return 1.0 + _CAUTION * max(0.0, _GOAL - view.relative_attainment)
 
     def _margin_ms(self, view: StepView) -> float:
         """How long before the next online token is due a step shall end."""
@@ -151,12 +152,16 @@ class ElasticPolicy(StepPolicy):
         get done so in its TTFT, it must take from the decodes at once.
         """
         ttft_ms = self._section.ttft_ms
-        arrivals = _EXPECTED * max(1.0, view.online_rate * ttft_ms / 1e3) * self._caution(view)
-        prefill_ms = arrivals * view.step_time.added_ms(int(view.online_prompt_tokens), 0)
+        prefill_ms = _EXPECTED * self._arrivals_ms(view) * self._caution(view)
         pace_ms = min(view.online.tpot_ms, default=self._section.tpot_ms)
         decodes_ms = view.step_time.step_ms(view.online.shape)
         share = max(0.0, 1.0 - decodes_ms / pace_ms)
         return prefill_ms - _EASY_TTFT * share * ttft_ms
+
+    def _arrivals_ms(self, view: StepView) -> float:
+        """How long the prefills take that come within a TTFT SLO, at least one."""
+        arrivals = max(1.0, view.online_rate * self._section.ttft_ms / 1e3)
+        return arrivals * view.step_time.added_ms(int(view.online_prompt_tokens), 0)
 
     def _recoverable_ms(self, view: StepView) -> float:
         """How late decodes may become, because steps of online work alone will make up for it."""
@@ -182,7 +187,9 @@ class ElasticPolicy(StepPolicy):
         """
         section = self._section
         sure = 1.0 - min(_MOST_DOUBT, _DOUBT * view.step_time.error)
-        whole_ms = sure * min(bound_ms, _WHOLE_TTFT * section.ttft_ms)
+        # Who arrives at its start waits for its end, and for the others that have arrived by then.
+        arrival_ms = section.ttft_ms - _WHOLE_ARRIVALS * self._arrivals_ms(view)
+        whole_ms = sure * min(bound_ms, max(arrival_ms, _WHOLE_TTFT * section.ttft_ms))
         idle_ms = section.idle_step_share * section.ttft_ms / self._caution(view)
         pace_ms = _MAX_PACE * min(view.online.tpot_ms, default=math.inf)
         return min(bound_ms, idle_ms, pace_ms), whole_ms

@@ -116,7 +116,8 @@ class StepView(NamedTuple):
         online_prompt_tokens: the mean prompt length of recent online requests, in tokens.
         online_output_tokens: the mean answer length of recent online requests, in tokens.
         online_rate: how many online requests arrive per second.
-        attainment: the share of recent online requests that met both SLOs.
+        relative_attainment: the share of recent online requests that met both SLOs, of those that
+            would have without offline work.
         victims: offline requests to choose from where the first waiting online request finds no
             slot or too few blocks; empty otherwise.
     """
@@ -137,7 +138,7 @@ class StepView(NamedTuple):
     online_prompt_tokens: float = 0.0
     online_output_tokens: float = 0.0
     online_rate: float = 0.0
-    attainment: float = 1.0
+    relative_attainment: float = 1.0
     victims: Sequence[Victim] = ()
 
 

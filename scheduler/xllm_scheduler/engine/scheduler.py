@@ -129,7 +129,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         """Learn from the step that ended, then let vLLM take in its tokens."""
         now_s = time.monotonic()
         self._clock.ended(id(scheduler_output), now_s)
-        self._books.now_s = now_s
+        self._books.now_s, self._books.offline_s = now_s, self._clock.offline_s
         result = super().update_from_output(scheduler_output, model_runner_output)
         pending = self._first_token_pending
         for request in [r for r in pending.values() if r.num_output_tokens]:
@@ -197,7 +197,8 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         now_s = time.monotonic()
         if service.online:
             self._demand.arrived(request.num_prompt_tokens, now_s)
-        record = Served.of(service, now_s - max(0.0, time.time() - request.arrival_time))
+        arrival_s = now_s - max(0.0, time.time() - request.arrival_time)
+        record = Served.of(service, arrival_s, self._clock.offline_s)
         request.xllm = record
         self._books.count("requests", request)
         return record
@@ -268,7 +269,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             online_prompt_tokens=self._demand.prompt_tokens,
             online_output_tokens=self._demand.output_tokens,
             online_rate=self._demand.rate(now_s),
-            attainment=self._books.recent_attainment(now_s),
+            relative_attainment=self._books.relative_attainment(now_s),
             victims=views.victims(self) if preempts else (),
         )
 
@@ -314,35 +315,43 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             let_in = [r for r in self._shown_waiting if plan.admit_offline or is_online(r)]
             ready = [levers.is_ready(self, request) for request in let_in]
             self._hide_waiting = bool(ready) and all(ready)
-        shape, offline_ran = self._computed(output)
+        shape, online = self._computed(output)
         now_s = time.monotonic()
-        if offline_ran:
+        if online is not None:
             self._offline_ran_s = now_s
-        self._clock.launched(id(output), shape, now_s)
+        self._clock.launched(id(output), shape, now_s, online)
 
-    def _computed(self, output: Any) -> tuple[StepShape, bool]:
-        """What a step computes, and whether any of it is offline work."""
+    def _computed(self, output: Any) -> tuple[StepShape, StepShape | None]:
+        """What a step computes, and what of it for online requests if there is offline work."""
         scheduled, running = output.num_scheduled_tokens, self._looked_at
         if running is not None and running.decodes and not output.scheduled_new_reqs:
             count = running.decodes.decodes
             if len(scheduled) == count == output.total_num_scheduled_tokens:
                 # The usual step: all that ran before, with a token each.
-                return running.decodes, running.any_offline
-        shape = StepShape()
-        count = context = 0
-        offline_ran, offline_here = False, self._offline_here
+                return running.decodes, running.online.shape if running.any_offline else None
+        shape = online = StepShape()
+        count = context = offline_count = offline_context = 0
+        offline_here, offline_ran = self._offline_here, False
         for request_id, tokens in scheduled.items():
             request = self.requests[request_id]
             # vLLM has already advanced it by the tokens of this step.
-            computed = request.num_computed_tokens - tokens
+            computed = max(0, request.num_computed_tokens - tokens)
+            offline = offline_here and not is_online(request)
+            offline_ran = offline_ran or offline
             if tokens == 1:
                 count += 1
                 context += computed
-            else:
-                shape = shape.with_chunk(tokens, max(0, computed))
-            if offline_here and not offline_ran:
-                offline_ran = not is_online(request)
-        return shape.with_decodes(count, context), offline_ran
+                if offline:
+                    offline_count += 1
+                    offline_context += computed
+                continue
+            shape = shape.with_chunk(tokens, computed)
+            if not offline:
+                online = online.with_chunk(tokens, computed)
+        shape = shape.with_decodes(count, context)
+        if not offline_ran:
+            return shape, None
+        return shape, online.with_decodes(count - offline_count, context - offline_context)
 
 
 def _base_of(cls: type) -> type:

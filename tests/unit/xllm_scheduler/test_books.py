@@ -112,6 +112,31 @@ def test_attainment_follows_the_newest_requests() -> None:
     assert values(books)["attainment_ratio",] > 0.99
 
 
+@pytest.mark.parametrize(
+    ("first_s", "last_s", "before_s", "since_s", "expected"),
+    [
+        (10.4, 11.4, 9.0, 9.0, 1.0),  # met all
+        (10.7, 11.0, 0.1, 0.0, 1.0),  # a late first token, of which offline work explains half
+        (10.7, 11.0, 0.2, 0.0, 0.95),  # and one that it explains
+        (10.4, 11.6, 9.0, 0.1, 1.0),  # 20 tokens, 0.2 s late, and half of that by offline work
+        (10.4, 11.6, 0.0, 0.2001, 0.95),
+        (10.7, 11.9, 0.3, 0.1, 1.0),  # only one of two explained
+        (10.7, 11.9, 0.3, 0.3, 0.95),
+    ],
+)
+def test_only_what_offline_work_cost_counts_against_it(
+    first_s: float, last_s: float, before_s: float, since_s: float, expected: float
+) -> None:
+    books, one = Books(), request()
+    books.offline_s, books.now_s, one.num_output_tokens = before_s, first_s, 1
+    books.first_token(one)
+    books.offline_s, books.now_s, one.num_output_tokens = before_s + since_s, last_s, 21
+    one.status.name = "FINISHED_STOPPED"
+    books.finished(one)
+    assert books.relative_attainment(last_s) == pytest.approx(expected)
+    assert books.relative_attainment(last_s + 600.0) == pytest.approx(1.0, abs=1e-4)
+
+
 def test_an_aborted_request_says_nothing_about_slos() -> None:
     books = Books()
     answered(books, 10.9, 12.0, tokens=5, status="FINISHED_ABORTED")

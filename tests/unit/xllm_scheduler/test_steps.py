@@ -97,3 +97,24 @@ def test_the_model_is_given_the_shape_of_the_step(clock: StepClock, model: Recor
     clock.launched(1, shape, 1.0)
     clock.ended(1, 1.1)
     assert model.shapes == [shape]
+
+
+def test_the_time_that_offline_work_adds_is_its_share_of_what_steps_took(clock: StepClock) -> None:
+    clock.launched(1, TWO_DECODES, 1.000)
+    clock.ended(1, 1.030)
+    assert clock.offline_s == 0.0
+    clock.launched(2, TWO_DECODES, 2.000, online=DECODE)  # predicted 20 ms, 10 of them online
+    clock.ended(2, 2.030)
+    assert clock.offline_s == pytest.approx(0.015)
+    clock.launched(3, DECODE, 3.000, online=StepShape())
+    clock.ended(3, 3.020)
+    assert clock.offline_s == pytest.approx(0.035)
+
+
+def test_a_model_that_knows_nothing_blames_nothing_on_offline_work(
+    clock: StepClock, model: Recorder
+) -> None:
+    model.current = StepTime()
+    clock.launched(1, TWO_DECODES, 1.0, online=DECODE)
+    clock.ended(1, 9.0)
+    assert clock.offline_s == 0.0
