@@ -30,11 +30,13 @@ DEVELOPMENT = [
     "build",
     "check-wheel-contents",
     "hypothesis",
+    "matplotlib",
     "mypy",
     "pytest",
     "pytest-asyncio",
     "pytest-timeout",
     "ruff",
+    "selenium",
     "types-psutil",
     "types-PyYAML",
 ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -294,6 +294,38 @@ class StepTimeModel:
         self._error = error
         self._most_prefill_tokens = most
         self._publish()
+
+
+def fitted(
+    shapes: Sequence[StepShape], times_ms: Sequence[float], idle_experts: float = 1.0
+) -> StepTime:
+    """The coefficients that explain measured steps best, by the relative error, all alike.
+
+    Args:
+        shapes: what the steps computed, shape ``[n]``.
+        times_ms: how long they took, shape ``[n]``.
+        idle_experts: as for :class:`StepTimeModel`.
+
+    Returns:
+        The coefficients, with their mean relative error over these steps.
+
+    Raises:
+        ValueError: there is no step, or one that took no time.
+    """
+    if not shapes or min(times_ms) <= 0.0:
+        raise ValueError(f"times_ms is {list(times_ms)}; allowed are numbers above 0, at least one")
+    terms = np.array([shape.terms(idle_experts) for shape in shapes])
+    times = np.array(times_ms, dtype=np.float64)
+    scaled = terms / times[:, None]
+    values = _non_negative_solution(scaled.T @ scaled, scaled.sum(axis=0), np.zeros(TERMS))
+    error = float(np.mean(np.abs(terms @ values - times) / times))
+    return StepTime(
+        **dict(zip(_COEFFICIENTS, (float(value) for value in values), strict=True)),
+        idle_experts=idle_experts,
+        error=error,
+        ready=True,
+        most_prefill_tokens=max(shape.prefill_tokens for shape in shapes),
+    )
 
 
 def _non_negative_solution(

@@ -32,22 +32,21 @@ from xllm_scheduler.config import SchedulerSection
 
 BLOCK = 16
 MAX_LEN = 8192
+_VOCABULARY = 32000
 _TOKEN = 7  # what every request is answered with, again and again
-_LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "num_hidden_layers": 1,
-    "vocab_size": 32000,
-    "max_position_embeddings": MAX_LEN,
-}
 
 
 def build(
-    scheduler_class: type, settings: Mapping[str, Any], *, budget: int, seqs: int, blocks: int
+    scheduler_class: type,
+    settings: Mapping[str, Any],
+    *,
+    budget: int,
+    seqs: int,
+    blocks: int,
+    block_tokens: int = BLOCK,
+    max_len: int = MAX_LEN,
+    vocabulary: int = _VOCABULARY,
+    policy: str = "fcfs",
 ) -> Any:
     """A scheduler of this class.
 
@@ -56,22 +55,27 @@ def build(
         settings: of the section ``scheduler``; the others have their defaults.
         budget: vLLM's ``max_num_batched_tokens``.
         seqs: vLLM's ``max_num_seqs``.
-        blocks: of the KV cache, each of ``BLOCK`` tokens.
+        blocks: of the KV cache.
+        block_tokens: of a block.
+        max_len: vLLM's ``max_model_len``.
+        vocabulary: token ids of the model.
+        policy: vLLM's scheduling policy.
     """
     scheduler_config = SchedulerConfig(
         max_num_seqs=seqs,
         max_num_batched_tokens=budget,
-        max_model_len=MAX_LEN,
+        max_model_len=max_len,
         enable_chunked_prefill=True,
         is_encoder_decoder=False,
         async_scheduling=False,
+        policy=policy,
     )
     values = section_values(SchedulerSection()) | dict(settings)
     base = f"{Scheduler.__module__}.{Scheduler.__qualname__}"
     vllm_config = VllmConfig(
-        model_config=_model_config(),
+        model_config=_model_config(max_len, vocabulary),
         scheduler_config=scheduler_config,
-        cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
+        cache_config=CacheConfig(block_size=block_tokens, enable_prefix_caching=True),
         additional_config={
             SETTINGS_KEY: {"scheduler": values},
             REPORT_KEY: {"features": [{"feature": "scheduler", "attached_to": base}]},
@@ -80,7 +84,9 @@ def build(
     # The CPU platform has switched it off; the scheduler does not care for the platform.
     scheduler_config.async_scheduling = issubclass(scheduler_class, AsyncScheduler)
     vllm_config.cache_config.num_gpu_blocks = blocks
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    spec = FullAttentionSpec(
+        block_size=block_tokens, num_kv_heads=1, head_size=1, dtype=torch.float32
+    )
     return scheduler_class(
         vllm_config=vllm_config,
         kv_cache_config=KVCacheConfig(
@@ -89,18 +95,34 @@ def build(
             kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
         ),
         structured_output_manager=StructuredOutputManager(vllm_config),
-        block_size=BLOCK,
+        block_size=block_tokens,
         log_stats=True,
     )
 
 
+def write_model(directory: Path, max_len: int = MAX_LEN, vocabulary: int = _VOCABULARY) -> None:
+    """Write the config of a tiny model, which has no weights."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 1,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": max_len,
+    }
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
 @functools.cache
-def _model_config() -> ModelConfig:
+def _model_config(max_len: int, vocabulary: int) -> ModelConfig:
     init_none_hash(sha256)
     with tempfile.TemporaryDirectory(prefix="xllm-model-") as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(_LLAMA), encoding="utf-8")
+        write_model(Path(folder), max_len, vocabulary)
         return ModelConfig(
-            model=folder, skip_tokenizer_init=True, dtype="float32", max_model_len=MAX_LEN
+            model=folder, skip_tokenizer_init=True, dtype="float32", max_model_len=max_len
         )
 
 

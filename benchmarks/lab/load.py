@@ -39,6 +39,7 @@ def run_load(
     seed: int,
     offline_fields: Json | None = None,
     tick: Tick | None = None,
+    prefill_url: str = "",
 ) -> Run:
     """Runs one load from start to end.
 
@@ -52,17 +53,24 @@ def run_load(
         seed: decides prompts, lengths and arrival times.
         offline_fields: body fields that mark a request as offline.
         tick: told how it goes.
+        prefill_url: of another server that computes the prompts first, if there is one.
     """
-    return asyncio.run(_run(url, model, load, seed, offline_fields or {}, tick))
+    return asyncio.run(_run(url, model, load, seed, offline_fields or {}, tick, prefill_url))
 
 
 async def _run(
-    url: str, model: str, load: Load, seed: int, offline_fields: Json, tick: Tick | None
+    url: str,
+    model: str,
+    load: Load,
+    seed: int,
+    offline_fields: Json,
+    tick: Tick | None,
+    prefill_url: str,
 ) -> Run:
     arrivals = online_asks(load.online, seed)
     window_s = arrivals[-1][0] + 1 / load.online.rate
     start = time.monotonic() + (load.settle_s if load.offline else 0.0)
-    async with _client(url, model, start) as client, asyncio.TaskGroup() as group:
+    async with _client(url, model, start, prefill_url) as client, asyncio.TaskGroup() as group:
         background = [group.create_task(_report(client.records, start, window_s, tick))]
         if load.offline:
             backlog = offline_backlog(load.offline, seed)
@@ -83,6 +91,7 @@ class _Client:
     session: aiohttp.ClientSession
     model: str
     start: float
+    prefill_url: str = ""
     records: list[Record] = field(default_factory=list)
 
     def now_s(self) -> float:
@@ -129,6 +138,8 @@ class _Client:
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
             **fields,
         }
+        if self.prefill_url:
+            body["kv_transfer_params"] = await self._prefill(body)
         async with self.session.post("/v1/chat/completions", json=body) as response:
             if response.status != 200:
                 raise RequestFailedError(f"status {response.status}: {await response.text()}")
@@ -141,19 +152,31 @@ class _Client:
                     raise RequestFailedError(str(chunk["error"]))
                 yield chunk["usage"]
 
+    async def _prefill(self, body: Json) -> object:
+        """Have the other server compute the prompt; what a server needs to fetch its KV."""
+        names = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port")
+        transfer = {"do_remote_decode": True, "do_remote_prefill": False, **dict.fromkeys(names)}
+        first = {**body, "max_tokens": 1, "stream": False, "kv_transfer_params": transfer}
+        del first["stream_options"]
+        url = f"{self.prefill_url}/v1/chat/completions"
+        async with self.session.post(url, json=first) as response:
+            if response.status != 200:
+                raise RequestFailedError(f"status {response.status}: {await response.text()}")
+            return (await response.json())["kv_transfer_params"]
+
 
 class RequestFailedError(Exception):
     """The server refused a request or ended it with an error."""
 
 
 @asynccontextmanager
-async def _client(url: str, model: str, start: float) -> AsyncIterator[_Client]:
+async def _client(url: str, model: str, start: float, prefill_url: str) -> AsyncIterator[_Client]:
     async with aiohttp.ClientSession(
         url,
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
     ) as session:
-        yield _Client(session, model, start)
+        yield _Client(session, model, start, prefill_url)
 
 
 async def _online_request(client: _Client, arrival_s: float, ask: Ask) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import multiprocessing
 
@@ -16,6 +17,8 @@ from xllm_scheduler.classes import complete_xargs
 from xllm_scheduler.config import SchedulerSection
 from xllm_scheduler.engine.books import METRICS
 from xllm_scheduler.engine.elastic import ElasticPolicy
+from xllm_scheduler.simulate import command as simulate
+from xllm_scheduler.simulate import measure
 
 POLICY_KIND = "scheduler.step"
 SCHEDULER = "xllm_scheduler.engine.scheduler.elastic_scheduler"
@@ -76,3 +79,10 @@ def xllm_features() -> list[Feature]:
 def xllm_policies() -> list[Policy]:
     """The ``elastic`` step policy."""
     return [Policy(POLICY_KIND, "elastic", ElasticPolicy)]
+
+
+@hookimpl
+def xllm_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``xllm simulate`` and ``xllm profile``."""
+    simulate.add_command(subparsers)
+    measure.add_command(subparsers)

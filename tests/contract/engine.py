@@ -1,66 +1,26 @@
-"""An engine without a model: a real vLLM scheduler and KV cache manager, driven as vLLM does.
-
-Everything that differs between the supported vLLM versions is in :func:`build`.
-"""
+"""An engine without a model: a real vLLM scheduler and KV cache manager, driven as vLLM does."""
 
 from __future__ import annotations
 
-import functools
-import json
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
-from vllm.v1.structured_output import StructuredOutputManager
 
+from benchmarks.lab.engine import build as lab_build
 from tests.contract.worker import Worker
-from xllm_plugins.activation import REPORT_KEY, SETTINGS_KEY
-from xllm_plugins.config import section_values
-from xllm_scheduler.config import SchedulerSection
 
 MAX_LEN = 96
 BLOCK = 4
+_VOCABULARY = 64
 _EMPTY_STEP_S = 0.001  # how long vLLM's engine sleeps when it could execute nothing
-_LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "num_hidden_layers": 1,
-    "vocab_size": 64,
-    "max_position_embeddings": 512,
-}
-_model_directory: list[Path] = []
-
-
-def use_model_directory(directory: Path) -> None:
-    """Write the tiny model's config where :func:`build` will find it."""
-    (directory / "config.json").write_text(json.dumps(_LLAMA), encoding="utf-8")
-    _model_directory[:] = [directory]
-
-
-@functools.cache
-def _model_config() -> ModelConfig:
-    init_none_hash(sha256)
-    return ModelConfig(
-        model=str(_model_directory[0]),
-        skip_tokenizer_init=True,
-        dtype="float32",
-        max_model_len=MAX_LEN,
-    )
 
 
 @dataclass
@@ -86,45 +46,18 @@ def build(
     policy: str = "fcfs",
 ) -> Any:
     """A scheduler of this class; ``settings`` are those of the section ``scheduler``."""
-    scheduler_config = SchedulerConfig(
-        max_num_seqs=seqs,
-        max_num_batched_tokens=budget,
-        max_model_len=MAX_LEN,
-        enable_chunked_prefill=True,
-        is_encoder_decoder=False,
-        async_scheduling=False,
+    return lab_build(
+        scheduler_class,
+        # What one test learns is nothing that another may start from.
+        {"profile_dir": "", **(settings or {})},
+        budget=budget,
+        seqs=seqs,
+        blocks=blocks,
+        block_tokens=BLOCK,
+        max_len=MAX_LEN,
+        vocabulary=_VOCABULARY,
         policy=policy,
     )
-    # What one test learns is nothing that another may start from.
-    values = section_values(SchedulerSection()) | {"profile_dir": ""} | dict(settings or {})
-    vllm_config = VllmConfig(
-        model_config=_model_config(),
-        scheduler_config=scheduler_config,
-        cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
-        additional_config={
-            SETTINGS_KEY: {"scheduler": values},
-            REPORT_KEY: {"features": [{"feature": "scheduler", "attached_to": _name_of_base()}]},
-        },
-    )
-    # The CPU platform has switched it off; the scheduler does not care for the platform.
-    scheduler_config.async_scheduling = issubclass(scheduler_class, AsyncScheduler)
-    vllm_config.cache_config.num_gpu_blocks = blocks
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
-    return scheduler_class(
-        vllm_config=vllm_config,
-        kv_cache_config=KVCacheConfig(
-            num_blocks=blocks,
-            kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
-        ),
-        structured_output_manager=StructuredOutputManager(vllm_config),
-        block_size=BLOCK,
-        log_stats=True,
-    )
-
-
-def _name_of_base() -> str:
-    return f"{Scheduler.__module__}.{Scheduler.__qualname__}"
 
 
 def request(
@@ -137,6 +70,7 @@ def request(
     arrival_s: float = 1000.0,
     stop: Sequence[int] = (),
     resumable: bool = False,
+    lora: int = 0,
 ) -> Request:
     """A request as the engine core makes it; a prompt given as a number is so many tokens."""
     tokens = list(range(prompt)) if isinstance(prompt, int) else list(prompt)
@@ -152,6 +86,7 @@ def request(
         arrival_time=arrival_s,
         block_hasher=get_request_block_hasher(BLOCK, sha256),
         resumable=resumable,
+        lora_request=LoRARequest(f"adapter-{lora}", lora, "/nowhere") if lora else None,
     )
 
 

@@ -26,7 +26,7 @@ from xllm_scheduler.engine.elastic import ElasticPolicy
 from xllm_scheduler.engine.policy import StepPlan, StepView
 from xllm_scheduler.engine.scheduler import elastic_class
 
-pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_model")]
+pytestmark = pytest.mark.vllm
 
 BOTH = pytest.mark.parametrize("base", [Scheduler, AsyncScheduler])
 OFFLINE = {"xllm_class": "offline"}

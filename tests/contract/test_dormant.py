@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.lab.engine import write_model
 from tests.contract.children import run_child
-from tests.contract.engine import use_model_directory
 
 pytestmark = pytest.mark.vllm
 
@@ -94,7 +94,7 @@ def test_nothing_but_the_options_is_there_until_plugins_are_chosen() -> None:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("choices")
-    use_model_directory(folder)
+    write_model(folder)
     (folder / "settings.yaml").write_text("scheduler: {tpot_ms: 77}\n", encoding="utf-8")
     (folder / "bad.yaml").write_text("scheduler: {tpot: 77}\n", encoding="utf-8")
     (folder / "serve.yaml").write_text("plugins: xllm\nmax-model-len: 64\n", encoding="utf-8")

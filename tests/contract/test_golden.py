@@ -14,7 +14,7 @@ from tests.contract.worker import completion
 from xllm_plugins.latency import StepShape
 from xllm_scheduler.engine.scheduler import elastic_class
 
-pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_model")]
+pytestmark = pytest.mark.vllm
 
 BOTH = pytest.mark.parametrize("base", [Scheduler, AsyncScheduler])
 OFFLINE = {"xllm_class": "offline"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from xllm_scheduler.engine.policy import StepPlan, StepPolicy, StepView
 from xllm_scheduler.engine.scheduler import elastic_class
 from xllm_scheduler.plugin import POLICY_KIND
 
-pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_model")]
+pytestmark = pytest.mark.vllm
 
 BOTH = pytest.mark.parametrize("base", [Scheduler, AsyncScheduler])
 OFFLINE = {"xllm_class": "offline"}
@@ -210,3 +211,22 @@ def test_a_scheduler_with_a_body_of_its_own_has_only_the_levers_that_it_reads() 
 
     assert effective_levers(Copy) == {Lever.BUDGET}
     assert effective_levers(Around) == effective_levers(Scheduler)
+
+
+@BOTH
+def test_a_held_request_keeps_its_lora_slot(base: type, script: Scripted, clock: Clock) -> None:
+    engine = _engine(base, clock)
+    engine.scheduler.lora_config = one_slot = SimpleNamespace(max_loras=1)
+    engine.add(request("held", 9, lora=1))
+    engine.step()
+
+    script.changes = {"held": frozenset({"held"})}
+    engine.add(request("other", 9, lora=2), request("same", 9, lora=1))
+    assert set(engine.step()) <= {"same"}
+    assert engine.scheduler.lora_config is one_slot
+
+    script.changes = {}
+    engine.run()
+    assert {name: len(tokens) for name, tokens in engine.streams.items()} == dict.fromkeys(
+        ("held", "other", "same"), 4
+    )

@@ -23,7 +23,7 @@ from xllm_plugins.latency import StepShape
 from xllm_scheduler.engine.elastic import ElasticPolicy
 from xllm_scheduler.engine.scheduler import elastic_class
 
-pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_model")]
+pytestmark = pytest.mark.vllm
 
 OFFLINE = {"xllm_class": "offline"}
 BOTH = pytest.mark.parametrize("base", [Scheduler, AsyncScheduler])

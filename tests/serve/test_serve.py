@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 from typing import Any, Literal
 from urllib.request import urlopen
 
@@ -17,6 +18,9 @@ import pytest
 
 from benchmarks.lab.server import Server, ServerError
 from tests.serve.conftest import PROMPTS, Start, texts
+from xllm_plugins.cli import main
+from xllm_plugins.latency import StepShape
+from xllm_scheduler.simulate.profiles import load_profile
 
 pytestmark = pytest.mark.serve
 
@@ -248,3 +252,14 @@ def test_installed_but_not_chosen_vllm_has_no_trace_of_it(
     with urlopen(f"{plain.url}/metrics") as response:
         assert "xllm:" not in response.read().decode()
     assert "xLLM" not in plain.log_path.read_text(errors="replace")
+
+
+def test_a_served_model_is_profiled_from_outside(server: Server, tmp_path: Path) -> None:
+    output = tmp_path / "profile.json"
+    sizes = ["--most-tokens", "64", "--most-batch", "4"]
+    assert main(["profile", "--base-url", server.url, "--output", str(output), *sizes]) == 0
+    profile = load_profile(output)
+    assert profile.name == server.model
+    assert server.url in profile.origin
+    decode = profile.step_ms(StepShape(decodes=1, decode_context=100))
+    assert 0.0 < decode < profile.step_ms(StepShape().with_chunk(2000, 0))

@@ -29,6 +29,11 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "vllm
         "xllm_scheduler.engine.policy",
         "xllm_scheduler.engine.steps",
         "xllm_scheduler.plugin",
+        "xllm_scheduler.service.routing",
+        "xllm_scheduler.simulate.command",
+        "xllm_scheduler.simulate.measure",
+        "xllm_scheduler.simulate.profiles",
+        "xllm_scheduler.simulate.traces",
     ],
 )
 def test_it_imports_without_torch_and_vllm(module: str) -> None:

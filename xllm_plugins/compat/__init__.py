@@ -17,7 +17,14 @@ from typing import Any
 
 from xllm_plugins.errors import CompatError
 
-SEAMS = ("cli_option", "engine_config", "engine_status", "request_class", "scheduler_levers")
+SEAMS = (
+    "cli_option",
+    "engine_config",
+    "engine_status",
+    "request_class",
+    "scheduler_levers",
+    "target_platform",
+)
 _MARK = "__xllm_seam__"
 
 

@@ -45,7 +45,14 @@ _WINDOW = 256  # how many waiting requests of a class a step looks at
 
 
 class ElasticMixin(_Base):  # type: ignore[misc]
-    """See the module; comes before vLLM's scheduler class in the bases."""
+    """See the module; comes before vLLM's scheduler class in the bases.
+
+    Attributes:
+        wall_clock: has ``monotonic()`` and ``time()``; a simulation puts its own here.
+        policy_failure: what the step policy raised; empty as long as it did not.
+    """
+
+    wall_clock: Any = time
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -54,7 +61,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         assert isinstance(section, SchedulerSection)
         self._section = section
         self._policy = registry().policy(POLICY_KIND, section.policy).factory(section)
-        self._policy_failure = ""
+        self.policy_failure = ""
         self._can_cap = levers.Lever.CHUNK in levers.effective_levers(_base_of(type(self)))
         self._model = StepTimeModel(levers.idle_experts(self.vllm_config))
         self._profile = Profile(
@@ -69,7 +76,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         self._first_token_pending: dict[str, Request] = {}
         self._offline_here = False
         self._offline_ran_s = (
-            time.monotonic()
+            self.wall_clock.monotonic()
         )  # when offline work was last computed, or there was none
         self._demand = Demand()
         self._books = Books()
@@ -93,9 +100,9 @@ class ElasticMixin(_Base):  # type: ignore[misc]
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Shape the step by the policy's plan, let vLLM schedule it, and restore."""
-        began_s = time.monotonic()
+        began_s = self.wall_clock.monotonic()
         plan = self._plan(began_s)
-        self._books.planned(plan, time.monotonic() - began_s)
+        self._books.planned(plan, self.wall_clock.monotonic() - began_s)
         if plan.preempt:
             gone = [r for r in self.running if r.request_id in plan.preempt]
             levers.preempt(self, reversed(gone), began_s)
@@ -127,7 +134,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Learn from the step that ended, then let vLLM take in its tokens."""
-        now_s = time.monotonic()
+        now_s = self.wall_clock.monotonic()
         self._clock.ended(id(scheduler_output), now_s)
         self._books.now_s, self._books.offline_s = now_s, self._clock.offline_s
         result = super().update_from_output(scheduler_output, model_runner_output)
@@ -148,7 +155,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         samples = self._books.samples(self._queues, self.running, self._model.current)
         facts = {
             "policy": self._section.policy,
-            "policy_failure": self._policy_failure,
+            "policy_failure": self.policy_failure,
             "step_time_ms": self._model.saved().get("step_time_ms", {}),
             "steps_learned_from": self._model.steps,
             "profile": self._profile.origin,
@@ -194,10 +201,10 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             # The API server has refused such a request; one from vllm.LLM is served as online.
             logger.warning("request %s: %s It is served as online.", request.request_id, error)
             service = classify({}, 0, self._section)
-        now_s = time.monotonic()
+        now_s = self.wall_clock.monotonic()
         if service.online:
             self._demand.arrived(request.num_prompt_tokens, now_s)
-        arrival_s = now_s - max(0.0, time.time() - request.arrival_time)
+        arrival_s = now_s - max(0.0, self.wall_clock.time() - request.arrival_time)
         record = Served.of(service, arrival_s, self._clock.offline_s)
         request.xllm = record
         self._books.count("requests", request)
@@ -206,7 +213,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
     def _plan(self, now_s: float) -> StepPlan:
         plain = StepPlan(self.max_num_scheduled_tokens)
         self._shown_waiting, self._looked_at = [], None
-        if self._policy_failure:
+        if self.policy_failure:
             return plain
         try:
             view = self._view(now_s)
@@ -215,7 +222,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             plan: StepPlan = self._policy.plan(view)
             return self._without_waiting(plan, view) if self._hide_waiting else plan
         except Exception as error:
-            self._policy_failure = f"{type(error).__name__}: {error}"
+            self.policy_failure = f"{type(error).__name__}: {error}"
             logger.exception("The step policy failed; from now on vLLM schedules alone.")
             return plain
 
@@ -316,7 +323,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             ready = [levers.is_ready(self, request) for request in let_in]
             self._hide_waiting = bool(ready) and all(ready)
         shape, online = self._computed(output)
-        now_s = time.monotonic()
+        now_s = self.wall_clock.monotonic()
         if online is not None:
             self._offline_ran_s = now_s
         self._clock.launched(id(output), shape, now_s, online)

@@ -1,0 +1,1 @@
+"""The service in front of several instances: here, the interface of its policies."""
