@@ -165,7 +165,7 @@ class Run:
         steps: engine steps of all instances.
         busy_s: seconds of these, by instance.
         moved_bytes: KV that was sent from instance to instance.
-        offline_prompt_tokens: computed for offline requests.
+        offline_tokens: computed for offline requests, of prompts and answers.
         dropped: requests of the workload that are longer than the model allows.
         events: role changes, failures and recoveries: when and what.
     """
