@@ -217,8 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "measured": dataclasses.asdict(results[system][0]),
             "simulated": dataclasses.asdict(results[system][1]),
         }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(document, indent=1) + "\n")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
     Console(width=None if sys.stdout.isatty() else 180).print(table(results))
     wrong = [
         f"{system}: {name} is off by {error:+.0%}; claim: {LIMIT:.0%}"
