@@ -271,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--json", type=Path, default=ROOT / "benchmarks" / "results" / "colocation_sim.json"
     )
     options = parser.parse_args(arguments)
-    logging.getLogger("vllm").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)  # vLLM tells of each engine
     paths = (options.azure, options.arxiv)
     with ProcessPoolExecutor(options.jobs) as pool:
         offline_alone = pool.submit(simulate, paths, Trial(outstanding=MOST_OUTSTANDING))

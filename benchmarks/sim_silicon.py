@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--json", type=Path, default=ROOT / "benchmarks" / "results" / "sim_silicon.json"
     )
     options = parser.parse_args(arguments)
-    logging.getLogger("vllm").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)  # vLLM tells of each engine
     with options.measured.open(encoding="utf-8", newline="") as lines:
         found = points(csv.DictReader(lines))
     if not found:

@@ -15,6 +15,7 @@ import math
 import random
 import statistics
 import time
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,9 +157,9 @@ async def measure(
                 say(f"prompt of {length} tokens: {prefills[-1][1]:.1f} ms to the first token")
             decodes, around = [], []
             for batch, context in itertools.product(batches, _CONTEXTS):
-                gaps_s = await client.batch(batch, context)
+                gaps_s, generated = await client.batch(batch, context)
                 took_s = statistics.median(gaps_s)
-                decodes.append((batch, context + _DECODED / 2.0, took_s * 1e3))
+                decodes.append((batch, context + generated, took_s * 1e3))
                 around += [math.log(gap_s / took_s) for gap_s in gaps_s if gap_s > took_s / 2.0]
                 say(f"{batch} requests after {context} tokens: {took_s * 1e3:.1f} ms per step")
             return name, Measured(prefills, decodes, statistics.pstdev(around))
@@ -200,8 +201,12 @@ class _Client:
             raise XllmError("The server ended a request without a token.")
         return times
 
-    async def batch(self, batch: int, context: int) -> list[float]:
-        """Seconds of each step in which so many requests generate together."""
+    async def batch(self, batch: int, context: int) -> tuple[list[float], float]:
+        """Let so many requests generate together.
+
+        Returns:
+            The seconds of each step, and how many tokens each request has generated halfway.
+        """
         # The prompts are computed one after the other, so the first generates longer; how much
         # longer depends on how the server shares its steps between prompts and answers.
         longest = _DECODED + 2 * batch
@@ -213,7 +218,8 @@ class _Client:
             steps = [t for t in streams[0] if from_s <= t <= to_s]
             gaps = [later - earlier for earlier, later in itertools.pairwise(steps)]
             if len(gaps) >= _FEWEST:
-                return gaps
+                middle_s = (from_s + to_s) / 2.0
+                return gaps, statistics.fmean(bisect(times, middle_s) for times in streams)
             longest *= 2
         raise XllmError(
             f"{batch} requests did not generate together for {_FEWEST} steps, not even with "
