@@ -32,6 +32,14 @@ def test_an_example_runs_and_serves_all(name: str, tmp_path: Path) -> None:
     assert bool(run["run"]["events"]) is (name == "prefill-decode.yaml")
 
 
+def test_a_measured_machine_is_simulated(tmp_path: Path) -> None:
+    scenario = EXAMPLES / "colocation-cpu.yaml"
+    (run,) = simulated(scenario, "--seconds", 60, output=tmp_path / "run.json").values()
+    assert run["step_times"]["origin"].startswith("measured by")
+    assert run["summary"]["attainment"] > 0.8
+    assert run["summary"]["offline_total_tokens_s"] > 20
+
+
 def test_the_scenario_of_the_page_runs(tmp_path: Path) -> None:
     (shown,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (tmp_path / "scenario.yaml").write_text(shown)
