@@ -6,7 +6,7 @@ The router and the simulator carry the same policies.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -99,16 +99,15 @@ class RoundRobin(RoutingPolicy):
         self, request: RequestView, instances: Sequence[InstanceView], now_s: float
     ) -> Route | None:
         """See :class:`RoutingPolicy`."""
-        prefills, decodes = candidates(instances)
-        if not prefills:
-            return None
-        prefill = prefills[self._prefills % len(prefills)]
+        return routed(instances, self._next_prefill, self._next_decode)
+
+    def _next_prefill(self, among: Sequence[InstanceView]) -> InstanceView:
         self._prefills += 1
-        if prefill.role is not Role.PREFILL or not decodes:
-            return Route(prefill.instance_id, prefill.instance_id)
-        decode = decodes[self._decodes % len(decodes)]
+        return among[(self._prefills - 1) % len(among)]
+
+    def _next_decode(self, among: Sequence[InstanceView]) -> InstanceView:
         self._decodes += 1
-        return Route(prefill.instance_id, decode.instance_id)
+        return among[(self._decodes - 1) % len(among)]
 
 
 class LeastLoaded(RoutingPolicy):
@@ -118,21 +117,31 @@ class LeastLoaded(RoutingPolicy):
         self, request: RequestView, instances: Sequence[InstanceView], now_s: float
     ) -> Route | None:
         """See :class:`RoutingPolicy`."""
-        prefills, decodes = candidates(instances)
-        if not prefills:
-            return None
-        prefill = min(prefills, key=lambda i: (i.waiting_tokens, i.waiting + i.running))
-        if prefill.role is not Role.PREFILL or not decodes:
-            return Route(prefill.instance_id, prefill.instance_id)
-        decode = min(decodes, key=lambda i: (i.waiting + i.running, i.kv_used))
-        return Route(prefill.instance_id, decode.instance_id)
+        return routed(
+            instances,
+            lambda among: min(among, key=lambda i: (i.waiting_tokens, i.waiting + i.running)),
+            lambda among: min(among, key=lambda i: (i.waiting + i.running, i.kv_used)),
+        )
 
 
-def candidates(
+def routed(
     instances: Sequence[InstanceView],
-) -> tuple[list[InstanceView], list[InstanceView]]:
-    """Who may prefill and who may decode; without one of the roles, whoever accepts may."""
+    pick_prefill: Callable[[Sequence[InstanceView]], InstanceView],
+    pick_decode: Callable[[Sequence[InstanceView]], InstanceView],
+) -> Route | None:
+    """A route over those that accept, by their roles; None if nobody does.
+
+    Args:
+        instances: all of them.
+        pick_prefill: who computes the prompt, of at least one; without one of the roles, whoever
+            accepts.
+        pick_decode: who generates, of at least one; asked where a prefill instance was picked.
+    """
     accepting = [i for i in instances if i.accepts]
-    prefills = [i for i in accepting if i.role is not Role.DECODE] or accepting
+    if not accepting:
+        return None
+    prefill = pick_prefill([i for i in accepting if i.role is not Role.DECODE] or accepting)
     decodes = [i for i in accepting if i.role is not Role.PREFILL]
-    return prefills, decodes
+    if prefill.role is not Role.PREFILL or not decodes:
+        return Route(prefill.instance_id, prefill.instance_id)
+    return Route(prefill.instance_id, pick_decode(decodes).instance_id)
