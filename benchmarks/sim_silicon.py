@@ -1,4 +1,4 @@
-"""How far simulations with the shipped profiles are from published measurements on H200.
+"""How far simulations with the shipped profiles are from published measurements.
 
     python -m benchmarks.sim_silicon aic_silicon_sample.csv
 
@@ -95,13 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Simulates every point and prints the errors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("measured", type=Path, help="aic_silicon_sample.csv")
+    parser.add_argument("--gpu", default="h200", help="whose rows; empty for all")
     parser.add_argument(
         "--json", type=Path, default=ROOT / "benchmarks" / "results" / "sim_silicon.json"
     )
     options = parser.parse_args(arguments)
     logging.disable(logging.WARNING)  # vLLM tells of each engine
     with options.measured.open(encoding="utf-8", newline="") as lines:
-        found = points(csv.DictReader(lines))
+        found = [p for p in points(csv.DictReader(lines)) if p.profile.startswith(options.gpu)]
     if not found:
         raise SystemExit(f"{options.measured} has no row of vLLM for which there is a profile")
     engines: dict[str, Engine] = {}
