@@ -39,7 +39,7 @@ from xllm_scheduler.simulate.hardware import LINKS
 from xllm_scheduler.simulate.measure import measure
 from xllm_scheduler.simulate.outcomes import Outcome
 from xllm_scheduler.simulate.outcomes import Run as Simulated
-from xllm_scheduler.simulate.profiles import Profile
+from xllm_scheduler.simulate.profiles import Profile, load_profile
 from xllm_scheduler.simulate.workload import Ask, Slo, Stream
 
 LIMIT = 0.15
@@ -73,18 +73,26 @@ class Figures:
         return {name: theirs[name] / value - 1.0 for name, value in mine.items()}
 
 
-def measured(model: Path, system: str, requests: int) -> tuple[Profile, Run]:
-    """The real server's profile and what it did under the load."""
+def profiled(model: Path) -> Profile:
+    """How long steps take, on a server with vLLM's own scheduler.
+
+    They are the same with ours, which would compute the measured prompts at the pace of decodes.
+    """
+    with serve(model, args=SERVER_ARGS, env={"VLLM_CPU_KVCACHE_SPACE": str(KV_GIB)}) as server:
+        _, found = asyncio.run(measure(server.url, server.model, LENGTHS, BATCHES))
+    return found.profile(f"{cpu_name()}|SmolLM2-135M|tp1", "measured by this benchmark")
+
+
+def measured(model: Path, system: str, requests: int) -> Run:
+    """What a real server did under the load."""
     args = [*SERVER_ARGS, *SYSTEMS[system].server_args(DEFAULT_SLO)]
     with serve(model, args=args, env={"VLLM_CPU_KVCACHE_SPACE": str(KV_GIB)}) as server:
-        _, found = asyncio.run(measure(server.url, server.model, LENGTHS, BATCHES))
-        profile = found.profile(f"{cpu_name()}|SmolLM2-135M|tp1", "measured by this benchmark")
         fields = SYSTEMS[system].offline_fields
         run_load(server.url, server.model, WARM_UP, seed=-1, offline_fields=fields)
         load = Load(OnlineLoad(requests, 0.5), OFFLINE)
         meter = OthersMeter()
         run = run_load(server.url, server.model, load, seed=SEED, offline_fields=fields)
-        return profile, dataclasses.replace(run, others_cpu=meter.share())
+        return dataclasses.replace(run, others_cpu=meter.share())
 
 
 def measured_pair(model: Path, requests: int) -> tuple[Profile, Run]:
@@ -201,20 +209,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--requests", type=int, default=200, help="online requests")
     parser.add_argument("--systems", nargs="+", choices=SYSTEM_NAMES, default=list(SYSTEM_NAMES))
+    parser.add_argument("--profile", type=Path, help="of the one server; default: measured first")
     parser.add_argument(
         "--json", type=Path, default=ROOT / "benchmarks" / "results" / "sim_fidelity.json"
     )
     options = parser.parse_args(arguments)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     model = prepare_smollm2()
+    one = load_profile(options.profile) if options.profile else None
     results: dict[str, tuple[Figures, Figures]] = {}
     document = {}
     for system in options.systems:
-        print(f"{system}: profiling and loading a real server", flush=True)
         if system == PAIR:
+            print(f"{system}: profiling and loading real servers", flush=True)
             profile, run = measured_pair(model, options.requests)
         else:
-            profile, run = measured(model, system, options.requests)
+            if one is None:
+                print("profiling a real server", flush=True)
+                one = profiled(model)
+            print(f"{system}: loading a real server", flush=True)
+            profile, run = one, measured(model, system, options.requests)
         print(f"{system}: simulating", flush=True)
         virtual = simulated(model, system, profile, run)
         results[system] = figures_of(run), figures_of_simulated(virtual, run.window_s)
