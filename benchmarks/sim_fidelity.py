@@ -74,9 +74,12 @@ class Figures:
 
 
 def profiled(model: Path) -> Profile:
-    """How long steps take, on a server with vLLM's own scheduler.
+    """How long steps take, in ms, measured on a server with vLLM's own scheduler.
 
     They are the same with ours, which would compute the measured prompts at the pace of decodes.
+
+    Raises:
+        XllmError: the server does not answer as vLLM does.
     """
     with serve(model, args=SERVER_ARGS, env={"VLLM_CPU_KVCACHE_SPACE": str(KV_GIB)}) as server:
         _, found = asyncio.run(measure(server.url, server.model, LENGTHS, BATCHES))
@@ -209,14 +212,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--requests", type=int, default=200, help="online requests")
     parser.add_argument("--systems", nargs="+", choices=SYSTEM_NAMES, default=list(SYSTEM_NAMES))
-    parser.add_argument("--profile", type=Path, help="of the one server; default: measured first")
+    parser.add_argument("--profile", type=Path, help="a file; default: measured first")
     parser.add_argument(
         "--json", type=Path, default=ROOT / "benchmarks" / "results" / "sim_fidelity.json"
     )
     options = parser.parse_args(arguments)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     model = prepare_smollm2()
-    one = load_profile(options.profile) if options.profile else None
+    # Of a server that has all cores, whichever scheduler it runs.
+    whole = load_profile(options.profile) if options.profile else None
     results: dict[str, tuple[Figures, Figures]] = {}
     document = {}
     for system in options.systems:
@@ -224,11 +228,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{system}: profiling and loading real servers", flush=True)
             profile, run = measured_pair(model, options.requests)
         else:
-            if one is None:
+            if whole is None:
                 print("profiling a real server", flush=True)
-                one = profiled(model)
+                whole = profiled(model)
             print(f"{system}: loading a real server", flush=True)
-            profile, run = one, measured(model, system, options.requests)
+            profile, run = whole, measured(model, system, options.requests)
         print(f"{system}: simulating", flush=True)
         virtual = simulated(model, system, profile, run)
         results[system] = figures_of(run), figures_of_simulated(virtual, run.window_s)
