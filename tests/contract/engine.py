@@ -7,16 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import pytest
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from benchmarks.lab.engine import build as lab_build
 from tests.contract.worker import Worker
+from xllm_plugins.latency import StepShape
 
+OFFLINE = {"xllm_class": "offline"}
+BOTH = pytest.mark.parametrize("base", [Scheduler, AsyncScheduler])
 MAX_LEN = 96
 BLOCK = 4
 _VOCABULARY = 64
@@ -195,3 +200,14 @@ def check_kv_books(scheduler: Any) -> None:
     real = [block for block in pool.blocks if not block.is_null]
     assert {b.block_id: b.ref_cnt for b in real} == {b.block_id: held[b.block_id] for b in real}
     assert free == {block.block_id for block in real if not block.ref_cnt}
+
+
+def warm_up(scheduler: Any, token_ms: float) -> None:
+    """Have it learn that a step takes 5 ms and ``token_ms`` for each token."""
+    for i in range(1, 17):
+        shape = StepShape().with_chunk(i * 4, 8 * i)
+        for _ in range(i % 4):
+            shape = shape.with_chunk(1, 10 * i)
+        tokens = shape.prefill_tokens + shape.decodes
+        scheduler._model.observe(shape, 5.0 + token_ms * tokens)
+    assert scheduler._model.current.ready

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from tests.contract.engine import Clock, Engine, build, request
+from tests.contract.engine import BOTH, OFFLINE, Clock, Engine, build, request
 from tests.contract.worker import completion
 from xllm_plugins.compat import request_class
 from xllm_plugins.config import Mode
@@ -28,8 +27,6 @@ from xllm_scheduler.engine.scheduler import elastic_class
 
 pytestmark = pytest.mark.vllm
 
-BOTH = pytest.mark.parametrize("base", [Scheduler, AsyncScheduler])
-OFFLINE = {"xllm_class": "offline"}
 SETTINGS = {"ttft_ms": 900.0, "tpot_ms": 90.0, "offline_above_priority": 2}
 
 

@@ -6,18 +6,13 @@ Blocks are of 4 tokens here instead of 32, and prompts an eighth as long.
 from __future__ import annotations
 
 import pytest
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.scheduler import Scheduler
 
-from tests.contract.engine import Clock, Engine, build, check_kv_books, request
+from tests.contract.engine import BOTH, OFFLINE, Clock, Engine, build, check_kv_books, request
 from tests.contract.worker import completion
 from xllm_plugins.latency import StepShape
 from xllm_scheduler.engine.scheduler import elastic_class
 
 pytestmark = pytest.mark.vllm
-
-BOTH = pytest.mark.parametrize("base", [Scheduler, AsyncScheduler])
-OFFLINE = {"xllm_class": "offline"}
 
 
 def _engine(base: type, clock: Clock, blocks: int) -> Engine:

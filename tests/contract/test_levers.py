@@ -7,10 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from tests.contract.engine import Clock, Engine, build, request
+from tests.contract.engine import BOTH, OFFLINE, Clock, Engine, build, request
 from xllm_plugins.compat import vllm_version
 from xllm_plugins.compat.scheduler_levers import Lever, effective_levers
 from xllm_plugins.features import Policy
@@ -22,8 +21,6 @@ from xllm_scheduler.plugin import POLICY_KIND
 
 pytestmark = pytest.mark.vllm
 
-BOTH = pytest.mark.parametrize("base", [Scheduler, AsyncScheduler])
-OFFLINE = {"xllm_class": "offline"}
 CAN_CAP = Lever.CHUNK in effective_levers(Scheduler)
 needs_cap = pytest.mark.skipif(not CAN_CAP, reason="vLLM before 0.28 cannot cap one chunk")
 
