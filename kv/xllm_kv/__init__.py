@@ -1,0 +1,1 @@
+"""The global KV cache: which instance holds which KV, in which tier."""
