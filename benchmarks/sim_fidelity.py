@@ -29,14 +29,17 @@ from benchmarks.colocation import DEFAULT_SLO, OFFLINE, SERVER_ARGS, SYSTEMS, WA
 from benchmarks.lab.load import Load, run_load
 from benchmarks.lab.machine import OthersMeter, cpu_name, fast_dtype
 from benchmarks.lab.model import ROOT, prepare_smollm2
+from benchmarks.lab.nixl import calm, nixl_args, nixl_env
 from benchmarks.lab.results import RequestClass, Run, output_tokens_in, percentiles, summarize
-from benchmarks.lab.server import Server, free_port, serve
+from benchmarks.lab.server import Server, serve
 from benchmarks.lab.workload import OnlineLoad
-from xllm_scheduler.service.routing import LeastLoaded, Role
-from xllm_scheduler.simulate.cluster import Cluster, ClusterSpec
+from xllm_scheduler.service.routing import Role
+from xllm_scheduler.service.staged import least_loaded
+from xllm_scheduler.simulate.cluster import Cluster
 from xllm_scheduler.simulate.engine import ELASTIC, FCFS, Engine, EngineSpec
 from xllm_scheduler.simulate.hardware import LINKS
 from xllm_scheduler.simulate.measure import measure
+from xllm_scheduler.simulate.members import ClusterSpec
 from xllm_scheduler.simulate.outcomes import Outcome
 from xllm_scheduler.simulate.outcomes import Run as Simulated
 from xllm_scheduler.simulate.profiles import Profile, load_profile
@@ -54,7 +57,6 @@ SIMULATED = {"vllm-fcfs": FCFS, "xllm": ELASTIC}
 PAIR = "prefill-decode"
 PAIR_RATE = 0.2  # requests/s; each of the two has one core
 SYSTEM_NAMES = (*SIMULATED, PAIR)
-NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +104,16 @@ def measured_pair(model: Path, requests: int) -> tuple[Profile, Run]:
     """Two real servers, one for prompts and one for answers; the profile is of the latter."""
 
     def one(core: int) -> AbstractContextManager[Server]:
-        port = str(free_port())
         env = {
             "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
             "VLLM_CPU_OMP_THREADS_BIND": str(core),
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": port,
-            "UCX_TLS": "tcp,shm,self",
+            **nixl_env(),
         }
-        return serve(model, args=[*SERVER_ARGS, "--kv-transfer-config", json.dumps(NIXL)], env=env)
+        return serve(model, args=[*SERVER_ARGS, *nixl_args()], env=env)
 
     with one(0) as prefill, one(1) as decode:
+        calm(prefill.pid, 0)
+        calm(decode.pid, 1)
         _, found = asyncio.run(measure(decode.url, decode.model, LENGTHS, BATCHES))
         profile = found.profile(f"{cpu_name()}, one core|SmolLM2-135M|tp1", "this benchmark")
         # Two instances that have never met take a dozen seconds to connect.
@@ -151,7 +153,7 @@ def simulated(model: Path, system: str, profile: Profile, run: Run) -> Simulated
     if pair:
         streams.pop()
     roles = [Role.PREFILL, Role.DECODE] if pair else [Role.MIXED]
-    cluster = Cluster(ClusterSpec(roles, LINKS["tcp"]), Engine(spec), profile, LeastLoaded())
+    cluster = Cluster(ClusterSpec(roles, LINKS["tcp"]), Engine(spec), profile, least_loaded())
     return cluster.run(streams, seconds=settle_s + run.window_s + DRAIN_S)
 
 

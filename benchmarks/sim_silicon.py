@@ -3,6 +3,8 @@
     python -m benchmarks.sim_silicon aic_silicon_sample.csv
 
 The file is aiconfigurator's (Apache-2.0). Its rows of vLLM have fp8 weights, the profiles bf16.
+They were measured as InferenceMAX does: ten requests for each outstanding one, their lengths drawn
+uniformly from 0.8 to 1 of those that are given.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import csv
 import dataclasses
 import json
 import logging
+import math
+import random
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -23,14 +27,17 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.lab.model import ROOT
-from xllm_scheduler.service.routing import LeastLoaded, Role
-from xllm_scheduler.simulate.cluster import Cluster, ClusterSpec
+from xllm_scheduler.service.routing import Role
+from xllm_scheduler.service.staged import least_loaded
+from xllm_scheduler.simulate.cluster import Cluster
 from xllm_scheduler.simulate.engine import FCFS, Engine, EngineSpec
 from xllm_scheduler.simulate.hardware import LINKS
+from xllm_scheduler.simulate.members import ClusterSpec
 from xllm_scheduler.simulate.profiles import Profile, shipped
 from xllm_scheduler.simulate.workload import Ask, Slo, Stream
 
-_WAVES = 5  # requests for each of those that are outstanding
+_WAVES = 10  # requests for each of those that are outstanding
+_SHORTEST = 0.8  # of the lengths that are given
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Point:
     Attributes:
         profile: the name of the shipped profile of its GPU, model and tensor parallelism.
         precision: of the weights that were measured.
-        prompt_tokens, output_tokens: of each request.
+        prompt_tokens, output_tokens: of the longest request.
         concurrency: requests outstanding at any time.
         ttft_ms, tpot_ms: means.
     """
@@ -75,13 +82,19 @@ def _key(system: str, model: str, parallel: str) -> tuple[str, str, str]:
 
 def simulated(point: Point, engine: Engine, profile: Profile) -> tuple[float, float]:
     """Mean TTFT and TPOT in ms of the same closed loop."""
-    ask = Ask(0.0, point.prompt_tokens, point.output_tokens)
-    loop = Stream(
-        "loop", True, Slo(), [ask] * (_WAVES * point.concurrency), outstanding=point.concurrency
-    )
+    draw = random.Random(0)
+
+    def length(longest: int) -> int:
+        return draw.randint(math.ceil(_SHORTEST * longest), longest)
+
+    asks = [
+        Ask(0.0, length(point.prompt_tokens), length(point.output_tokens))
+        for _ in range(_WAVES * point.concurrency)
+    ]
+    loop = Stream("loop", True, Slo(), asks, outstanding=point.concurrency)
     steps = point.output_tokens * (_WAVES + 1)
     seconds = 2.0 * steps * max(point.tpot_ms, profile.step_time.base) / 1e3
-    cluster = Cluster(ClusterSpec([Role.MIXED], LINKS["nvlink"]), engine, profile, LeastLoaded())
+    cluster = Cluster(ClusterSpec([Role.MIXED], LINKS["nvlink"]), engine, profile, least_loaded())
     done = [o for o in cluster.run([loop], seconds=seconds).outcomes if o.finished]
     if len(done) < len(loop.asks):
         raise SystemExit(f"{point}: only {len(done)} of {len(loop.asks)} were answered in time")

@@ -23,7 +23,10 @@ from xllm_plugins.config import (
     Section,
     Settings,
     Source,
+    is_secret,
+    parse_section,
     resolve,
+    section_values,
     source_from_environment,
     source_from_text,
 )
@@ -98,7 +101,43 @@ def allow_list(current: str | None) -> str:
 def activate() -> None:
     """Install what a chosen plugin needs in this process; may be called again."""
     engine_config.install(attach_features)
-    engine_status.install(status.engine_status)
+    engine_status.install(engine_state, tell_feature)
+
+
+def active_features(vllm_config: Any) -> list[Feature]:
+    """The features that are attached to a configuration."""
+    report = vllm_config.additional_config.get(REPORT_KEY, {"features": []})
+    active = {row["feature"] for row in report["features"] if row["active"]}
+    return [feature for name, feature in registry().features().items() if name in active]
+
+
+def section_of(feature: Feature, vllm_config: Any) -> Section:
+    """The settings with which a feature is attached to a configuration.
+
+    Secrets are read again, from where they were given to this process or its parent.
+    """
+    values = dict(vllm_config.additional_config[SETTINGS_KEY][feature.name])
+    given = section_values(load_settings({}).sections[feature.name])
+    values |= {key: value for key, value in given.items() if is_secret(feature.section, key)}
+    section: Section = parse_section(feature.section, feature.name, values)
+    return section
+
+
+def engine_state(engine_core: Any) -> dict[str, Any]:
+    """The state of every feature in an engine's process, in plain types."""
+    found = status.engine_status()
+    for feature in active_features(engine_core.vllm_config):
+        if feature.report is not None:
+            found[feature.name] = status.plain(feature.report(engine_core))
+    return found
+
+
+def tell_feature(engine_core: Any, name: str, command: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give a feature that is active in an engine's process a command; its answer."""
+    for feature in active_features(engine_core.vllm_config):
+        if feature.name == name and feature.tell is not None:
+            return dict(feature.tell(engine_core, command))
+    return {"error": f"xllm.{name} is not active and takes no command."}
 
 
 def load_settings(additional: Mapping[str, Any]) -> Settings:
@@ -132,7 +171,8 @@ def current_selection() -> Selection:
 def attach_features(engine_args: Any, vllm_config: Any) -> None:
     """Attach every selected feature to one configuration that vLLM has just built.
 
-    The settings and the decisions travel to every process inside ``additional_config``.
+    The settings, but for secrets, and the decisions travel to every process inside
+    ``additional_config``, which vLLM logs.
 
     Raises:
         ConfigError: a setting cannot be used.
@@ -153,7 +193,7 @@ def attach_features(engine_args: Any, vllm_config: Any) -> None:
         decisions.append(decide(feature, section, selection, attachment))
     vllm_config.additional_config = {
         **additional,
-        SETTINGS_KEY: settings.as_dict(),
+        SETTINGS_KEY: settings.without_secrets(),
         REPORT_KEY: report(decisions, settings),
     }
     if multiprocessing.parent_process() is None:

@@ -1,7 +1,8 @@
 """One typed, frozen settings tree: a section per feature, every value with its origin.
 
-A section is a frozen dataclass that extends :class:`Section`; its fields are made with
-:func:`option`. Values come from several sources and the strongest wins, key by key.
+A section is a frozen dataclass that extends :class:`Section`, or :class:`Group` where it is not a
+feature's; its fields are made with :func:`option`. Values come from several sources and the
+strongest wins, key by key.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ class Mode(str, Enum):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a value may be, beside its type."""
+    """What a value may be, beside its type; a secret is shown to nobody."""
 
     doc: str
     above: float | None = None
     at_least: float | None = None
     at_most: float | None = None
+    secret: bool = False
 
 
 def option(
@@ -52,19 +54,25 @@ def option(
     above: float | None = None,
     at_least: float | None = None,
     at_most: float | None = None,
+    secret: bool = False,
 ) -> Any:
     """A field of a section: its default, one line of documentation and its bounds.
 
     Its type is an enum, a number, a text, a boolean, or ``Mapping[str, Literal[...]]``.
     """
-    limits = Limits(doc, above, at_least, at_most)
+    limits = Limits(doc, above, at_least, at_most, secret)
     if isinstance(default, Mapping):
         return dataclasses.field(default_factory=lambda: dict(default), metadata={"limits": limits})
     return dataclasses.field(default=default, metadata={"limits": limits})
 
 
 @dataclass(frozen=True)
-class Section:
+class Group:
+    """Settings that stand together."""
+
+
+@dataclass(frozen=True)
+class Section(Group):
     """The settings of one feature. Every section has a mode."""
 
     mode: Mode = option(Mode.AUTO, "on where it can help, always on, or off")
@@ -82,21 +90,39 @@ class Source:
 class Settings:
     """The resolved tree: ``sections`` by name, and the origin of each ``section.key``."""
 
-    sections: Mapping[str, Section]
+    sections: Mapping[str, Any]
     origins: Mapping[str, str]
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """The values as plain JSON types, section by section."""
         return {name: section_values(section) for name, section in self.sections.items()}
 
+    def without_secrets(self) -> dict[str, dict[str, Any]]:
+        """The same for places that people look at, secrets left at their defaults."""
+        return {
+            name: {
+                key: value
+                for key, value in section_values(section).items()
+                if not is_secret(type(section), key)
+            }
+            for name, section in self.sections.items()
+        }
 
-def section_values(section: Section) -> dict[str, Any]:
+
+def section_values(section: Group) -> dict[str, Any]:
     """One section's values as plain JSON types."""
     values = dataclasses.asdict(section)
     return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
 
 
-def resolve(sections: Mapping[str, type[Section]], sources: Sequence[Source]) -> Settings:
+def is_secret(cls: type[Group], key: str) -> bool:
+    """Whether a setting is to be shown to nobody."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    limits: Limits = fields[key].metadata["limits"]
+    return limits.secret
+
+
+def resolve(sections: Mapping[str, type[Group]], sources: Sequence[Source]) -> Settings:
     """Merge sources, strongest first, into one validated tree.
 
     Raises:
@@ -129,7 +155,7 @@ def resolve(sections: Mapping[str, type[Section]], sources: Sequence[Source]) ->
     return Settings(sections=built, origins=origins)
 
 
-def parse_section(cls: type[Section], name: str, values: Mapping[str, Any]) -> Section:
+def parse_section(cls: type[Group], name: str, values: Mapping[str, Any]) -> Any:
     """Build one section from plain values, as they arrive in another process."""
     return resolve({name: cls}, [Source("the engine's configuration", {name: values})]).sections[
         name
@@ -160,7 +186,7 @@ def source_from_text(text: str, flag: str = "--xllm-config") -> Source:
 
 
 def source_from_environment(
-    sections: Mapping[str, type[Section]], environ: Mapping[str, str] = os.environ
+    sections: Mapping[str, type[Group]], environ: Mapping[str, str] = os.environ
 ) -> Source:
     """Read ``XLLM_<SECTION>_<KEY>`` variables; ``XLLM_SCHEDULER_TPOT_MS=100`` for example."""
     values: dict[str, dict[str, Any]] = {}
@@ -182,7 +208,7 @@ def _scalar(text: str) -> Any:
         return text
 
 
-def _checked(cls: type[Section], path: str, value: Any, origin: str) -> Any:
+def _checked(cls: type[Group], path: str, value: Any, origin: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     section, key = path.split(".", 1)
     if key not in fields:

@@ -14,7 +14,7 @@ from typing import Any
 from xllm_plugins import activation
 from xllm_plugins.compat import SEAMS, SeamReport, inspect_seam, vllm_version
 from xllm_plugins.config import Mode, Settings
-from xllm_plugins.errors import XllmError
+from xllm_plugins.errors import NotAvailableError, XllmError
 from xllm_plugins.features import Decision, parse_selection, standing_reason, table
 from xllm_plugins.manager import registry
 from xllm_plugins.names import ENTRY_POINT, ENV_ALLOW_LIST, ENV_CONFIG, ENV_SELECTION
@@ -89,6 +89,10 @@ def examine(selection_text: str) -> Findings:
         if not reason:
             try:
                 feature.check(section)
+            except NotAvailableError as error:
+                reason = str(error)
+                if section.mode is Mode.ON:
+                    problems.append(f"{feature.name}.mode is on, but {reason}.")
             except XllmError as error:
                 reason = str(error)
                 problems.append(reason)
@@ -123,7 +127,7 @@ def _vllm_platform() -> str | None:
 def _with_origins(settings: Settings) -> dict[str, tuple[Any, str]]:
     return {
         f"{name}.{key}": (value, settings.origins[f"{name}.{key}"])
-        for name, values in settings.as_dict().items()
+        for name, values in settings.without_secrets().items()
         for key, value in values.items()
     }
 

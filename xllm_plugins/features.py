@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from xllm_plugins.config import Mode, Section
 from xllm_plugins.errors import ConfigError
 from xllm_plugins.metrics import Metric
+from xllm_plugins.status import Report
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -44,9 +45,17 @@ class Feature:
         attach: changes ``vllm_config`` and returns what the feature attached to; raises
             ``NotAvailableError`` with the reason when it cannot or should not.
         check: looks at the settings alone and raises ``ConfigError`` if they name something that
-            is not installed; also what ``xllm doctor`` asks.
+            is not installed, ``NotAvailableError`` if by them the feature has nothing to do; also
+            what ``xllm doctor`` asks.
         seams: names of the compat files it needs; one that does not hold switches it off.
         metrics: what it exports under ``xllm:``.
+        report: given vLLM's engine core, in its process, says how it is; None for features that
+            register a reporter of their own.
+        tell: given vLLM's engine core and a command, in its process, does it and answers, all in
+            plain types; None for features that take none.
+        endpoints: adds routes to an API server; None for none.
+        serve: given vLLM's engine client, the server's arguments and the section, runs in the first
+            API server for as long as that serves; None for features without such work.
     """
 
     name: str
@@ -56,6 +65,10 @@ class Feature:
     check: Callable[[Any], None] = lambda section: None
     seams: tuple[str, ...] = ()
     metrics: tuple[Metric, ...] = ()
+    report: Callable[[Any], Report] | None = None
+    tell: Callable[[Any, Mapping[str, Any]], Mapping[str, Any]] | None = None
+    endpoints: Callable[[Any], None] | None = None
+    serve: Callable[[Any, Any, Any], Awaitable[None]] | None = None
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,15 @@ class StepShape(NamedTuple):
     decodes: int = 0
     decode_context: int = 0
 
-    def with_chunk(self, new_tokens: int, context_tokens: int) -> StepShape:
-        """This step and one more request; a single new token is a decode."""
-        if new_tokens <= 1:
+    def with_chunk(self, new_tokens: int, context_tokens: int, *, more: bool = False) -> StepShape:
+        """This step and one more request; a single new token is a decode.
+
+        Args:
+            new_tokens: of the request.
+            context_tokens: before them.
+            more: whether the request is in the step already, so that one more token is no decode.
+        """
+        if new_tokens <= 1 and not more:
             return StepShape(
                 self.prefill_tokens,
                 self.prefill_squares,
@@ -172,7 +178,9 @@ class StepTime:
         return 2.0 * budget_ms / (linear + root) if 0.0 < root < math.inf else math.inf
 
 
-_COEFFICIENTS = ("base", "token", "square", "cross", "decode", "context", "experts")
+_LEARNED = ("base", "token", "square", "cross", "decode", "context", "experts")
+COEFFICIENTS = (*_LEARNED, "idle_experts")
+"""The fields of :class:`StepTime` that say how long steps take."""
 
 
 class StepTimeModel:
@@ -247,7 +255,7 @@ class StepTimeModel:
 
     def _publish(self) -> None:
         self.current = StepTime(
-            **dict(zip(_COEFFICIENTS, self._coefficients.tolist(), strict=True)),
+            **dict(zip(_LEARNED, self._coefficients.tolist(), strict=True)),
             idle_experts=self._idle_experts,
             error=self._error,
             ready=True,
@@ -275,7 +283,7 @@ class StepTimeModel:
             time = StepTime(**saved["step_time_ms"])
             gram = np.array(saved["gram"], dtype=np.float64)
             moment = np.array(saved["moment"], dtype=np.float64)
-            values = np.array([getattr(time, name) for name in _COEFFICIENTS], dtype=np.float64)
+            values = np.array([getattr(time, name) for name in _LEARNED], dtype=np.float64)
             error, most = float(time.error), int(time.most_prefill_tokens)
             idle_experts = float(time.idle_experts)
         except (KeyError, TypeError, OverflowError) as problem:
@@ -320,7 +328,7 @@ def fitted(
     values = _non_negative_solution(scaled.T @ scaled, scaled.sum(axis=0), np.zeros(TERMS))
     error = float(np.mean(np.abs(terms @ values - times) / times))
     return StepTime(
-        **dict(zip(_COEFFICIENTS, (float(value) for value in values), strict=True)),
+        **dict(zip(_LEARNED, (float(value) for value in values), strict=True)),
         idle_experts=idle_experts,
         error=error,
         ready=True,

@@ -26,11 +26,12 @@ def register_reporter(feature: str, reporter: Callable[[], Report]) -> None:
 
 
 def engine_status() -> dict[str, Any]:
-    """Every feature's state in plain types, to travel between processes."""
-    return {name: _as_plain(reporter()) for name, reporter in _reporters.items()}
+    """The state in plain types, to travel between processes, of every feature that registered."""
+    return {name: plain(reporter()) for name, reporter in _reporters.items()}
 
 
-def _as_plain(report: Report) -> dict[str, Any]:
+def plain(report: Report) -> dict[str, Any]:
+    """A report in plain types."""
     return {
         "samples": [[s.name, s.value, list(s.labels)] for s in report.samples],
         "facts": dict(report.facts),

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from argparse import Namespace
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
 from xllm_plugins.compat import cli_option
@@ -52,7 +53,7 @@ class StatusEndpoints:
     required_tasks = None
 
     def __init__(self) -> None:
-        self._poller: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def attach_router(self, app: FastAPI) -> None:
         """Add our route, if plugins were chosen."""
@@ -63,14 +64,41 @@ class StatusEndpoints:
         async def status() -> dict[str, Any]:
             return await _status(getattr(app.state, "engine_client", None))
 
+        from xllm_plugins.manager import registry
+
+        for feature in registry().features().values():
+            if feature.endpoints is not None:
+                feature.endpoints(app)
+
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Start the poll in the first of the API servers, so that nothing is counted twice."""
+        """Start what only the first of the API servers runs, so that nothing is done twice."""
         from xllm_plugins.compat import engine_status
 
         if ENV_SELECTION not in os.environ or engine_client is None:
             return
         if engine_status.server_index(engine_client) == 0:
-            self._poller = asyncio.create_task(_poll_metrics(engine_client))
+            self._tasks.append(asyncio.create_task(_poll_metrics(engine_client)))
+            self._tasks += _feature_tasks(engine_client, args)
+
+
+def _feature_tasks(engine_client: Any, args: Namespace) -> list[asyncio.Task[None]]:
+    from xllm_plugins.activation import active_features, section_of
+
+    config = engine_client.vllm_config
+    return [
+        asyncio.create_task(
+            _served(feature.name, feature.serve(engine_client, args, section_of(feature, config)))
+        )
+        for feature in active_features(config)
+        if feature.serve is not None
+    ]
+
+
+async def _served(name: str, work: Awaitable[None]) -> None:
+    try:
+        await work
+    except Exception:
+        logger.exception("xllm.%s has ended in this server", name)
 
 
 async def _status(engine_client: Any) -> dict[str, Any]:

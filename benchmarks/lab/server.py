@@ -7,6 +7,7 @@ import http
 import http.client
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -25,8 +26,9 @@ import psutil
 from benchmarks.lab.machine import fast_dtype
 from benchmarks.lab.model import ROOT
 
+_PORTS = range(10_000, 20_000)
 LOGS = ROOT / ".cache" / "logs"
-STOP_GRACE_S = 10.0
+STOP_GRACE_S, KILL_GRACE_S = 10.0, 60.0  # a killed worker first gives back gigabytes of memory
 
 Progress = Callable[[float, str], None]
 """Called about once a second during start-up with the seconds so far and the last log line."""
@@ -163,15 +165,20 @@ def preloads() -> list[str]:
 
 
 def free_port(preferred: int = 0) -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", preferred))
-        except OSError:
-            probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of the loopback interface that nobody listens on.
+
+    Not one of those that the system gives to outgoing connections: what takes it may come late.
+    """
+    while True:
+        port = preferred or _PORTS.start + secrets.randbelow(len(_PORTS))
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                preferred = 0
+                continue
+            return port
 
 
 def log_tail(log_path: Path, lines: int = 30) -> str:
@@ -222,15 +229,17 @@ def _healthy(host: str, port: int) -> bool:
 
 def _stop_group(process: subprocess.Popen[bytes]) -> None:
     try:
-        _signal_and_wait(process, signal.SIGTERM)
+        _signal_and_wait(process, signal.SIGTERM, STOP_GRACE_S)
     finally:  # also when a second Ctrl-C ends the waiting
-        if not _signal_and_wait(process, signal.SIGKILL):
+        if not _signal_and_wait(process, signal.SIGKILL, KILL_GRACE_S):
             raise ServerError(f"process group {process.pid} survived SIGKILL")
 
 
-def _signal_and_wait(process: subprocess.Popen[bytes], signum: signal.Signals) -> bool:
+def _signal_and_wait(
+    process: subprocess.Popen[bytes], signum: signal.Signals, grace_s: float
+) -> bool:
     """Signals the group and waits a while; True if none of it is left."""
-    deadline = time.monotonic() + STOP_GRACE_S
+    deadline = time.monotonic() + grace_s
     with suppress(ProcessLookupError):  # all of them are gone
         os.killpg(process.pid, signum)
     while _group_alive(process.pid):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
+from collections.abc import Mapping
+from typing import Any
 
 from xllm_plugins.compat import request_class
 from xllm_plugins.compat.scheduler_levers import Lever, effective_levers
@@ -13,10 +15,17 @@ from xllm_plugins.errors import NotAvailableError
 from xllm_plugins.features import Attachment, Feature, Policy
 from xllm_plugins.hookspecs import hookimpl
 from xllm_plugins.manager import registry
+from xllm_plugins.status import Report
 from xllm_scheduler.classes import complete_xargs
 from xllm_scheduler.config import SchedulerSection
 from xllm_scheduler.engine.books import METRICS
 from xllm_scheduler.engine.elastic import ElasticPolicy
+from xllm_scheduler.service import command as router
+from xllm_scheduler.service import member, staged
+from xllm_scheduler.service.aware import KvAware, SloAware
+from xllm_scheduler.service.config import ROLES_KIND, ROUTING_KIND
+from xllm_scheduler.service.member import Registration, ServiceSection
+from xllm_scheduler.service.roles import DynamicRoles
 from xllm_scheduler.simulate import command as simulate
 from xllm_scheduler.simulate import measure
 
@@ -69,20 +78,70 @@ FEATURE = Feature(
 )
 
 
+def report(engine_core: Any) -> Report:
+    """What routers may know of an engine."""
+    from xllm_scheduler.engine.load import report_of
+
+    return report_of(engine_core)
+
+
+def tell(engine_core: Any, command: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Take a role."""
+    from xllm_scheduler.engine.load import take_role
+
+    return take_role(engine_core.scheduler, command)
+
+
+def endpoints(app: Any) -> None:
+    """Let routers tell the instance what to do."""
+    from xllm_scheduler.service.instance_api import add_endpoints
+
+    add_endpoints(app)
+
+
+async def serve(engine_client: Any, args: Any, section: ServiceSection) -> None:
+    """Register with routers and tell them how busy the instance is."""
+    await Registration(engine_client, args, section).run()
+
+
+SERVICE = Feature(
+    name="service",
+    summary="Registers this instance with routers and reports its load.",
+    section=ServiceSection,
+    attach=member.attach,
+    check=member.check,
+    seams=("engine_status",),
+    report=report,
+    tell=tell,
+    endpoints=endpoints,
+    serve=serve,
+)
+
+
 @hookimpl
 def xllm_features() -> list[Feature]:
-    """The ``scheduler`` feature."""
-    return [FEATURE]
+    """The ``scheduler`` and the ``service`` feature."""
+    return [FEATURE, SERVICE]
 
 
 @hookimpl
 def xllm_policies() -> list[Policy]:
-    """The ``elastic`` step policy."""
-    return [Policy(POLICY_KIND, "elastic", ElasticPolicy)]
+    """The step policy of the engine, and the router's policies."""
+    return [
+        Policy(POLICY_KIND, "elastic", ElasticPolicy),
+        Policy(ROUTING_KIND, "round_robin", lambda section: staged.round_robin()),
+        Policy(ROUTING_KIND, "least_loaded", lambda section: staged.least_loaded()),
+        Policy(ROUTING_KIND, "power_of_two", lambda section: staged.power_of_two()),
+        Policy(ROUTING_KIND, "session", lambda section: staged.session_affinity()),
+        Policy(ROUTING_KIND, "kv_aware", lambda section: KvAware()),
+        Policy(ROUTING_KIND, "slo_aware", lambda section: SloAware()),
+        Policy(ROLES_KIND, "dynamic", DynamicRoles.of),
+    ]
 
 
 @hookimpl
 def xllm_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """``xllm simulate`` and ``xllm profile``."""
+    """``xllm router``, ``xllm simulate`` and ``xllm profile``."""
+    router.add_command(subparsers)
     simulate.add_command(subparsers)
     measure.add_command(subparsers)

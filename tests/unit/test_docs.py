@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from xllm_plugins.compat import SEAMS
-from xllm_plugins.config import Limits, allowed
+from xllm_plugins.config import Group, Limits, allowed
 from xllm_plugins.features import Feature
 from xllm_plugins.manager import registry
+from xllm_scheduler.service.config import RouterSection
 
 ROOT = Path(__file__).resolve().parents[2]
 PART_HEADINGS = (
@@ -23,17 +24,18 @@ PART_HEADINGS = (
     "## Trade-offs, and when to switch it off",
     "## How it was measured",
 )
-PAGES = sorted(
-    path
-    for folder in ("", "scheduler", "docs", "benchmarks", "examples/shortest_first")
-    for path in (ROOT / folder).glob("*.md")
-)
+FOLDERS = (
+    "", "scheduler", "kv", "docs", "benchmarks", "examples/cluster", "examples/shortest_first",
+)  # fmt: skip
+PAGES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
 FEATURES = list(registry().features().values())
+HOMES = {"service": ROOT / "docs" / "router.md"}  # of features that are not a part of their own
+PARTS = [feature for feature in FEATURES if feature.name not in HOMES]
 
 
 def page(feature: Feature) -> str:
-    """The README of the part that a feature belongs to."""
-    return (ROOT / feature.name / "README.md").read_text()
+    """The README of the part that a feature is, or the page that it stands on."""
+    return HOMES.get(feature.name, ROOT / feature.name / "README.md").read_text()
 
 
 def rows(text: str, prefix: str) -> list[tuple[str, ...]]:
@@ -42,17 +44,30 @@ def rows(text: str, prefix: str) -> list[tuple[str, ...]]:
     return [(name, *(cell.strip() for cell in rest.split("|"))) for name, rest in found]
 
 
-@pytest.mark.parametrize("feature", FEATURES, ids=lambda f: f.name)
-def test_every_setting_stands_in_its_table(feature: Feature) -> None:
-    hints = typing.get_type_hints(feature.section)
-    expected = []
-    for field in dataclasses.fields(feature.section):
+def settings(section: type[Group], name: str) -> list[tuple[str, ...]]:
+    """The rows that a section's settings have in a table."""
+    hints = typing.get_type_hints(section)
+    expected: list[tuple[str, ...]] = []
+    for field in dataclasses.fields(section):
         limits: Limits = field.metadata["limits"]
-        default = getattr(feature.section(), field.name)
+        default = getattr(section(), field.name)
         default = getattr(default, "value", default)
         accepts = allowed(hints[field.name], limits)
-        expected.append((f"{feature.name}.{field.name}", str(default), accepts, limits.doc))
+        expected.append((f"{name}.{field.name}", str(default), accepts, limits.doc))
+    return expected
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=lambda f: f.name)
+def test_every_setting_stands_in_its_table(feature: Feature) -> None:
+    expected = settings(feature.section, feature.name)
     assert rows(page(feature), f"{feature.name}.") == expected
+
+
+def test_the_routers_settings_stand_on_its_page() -> None:
+    text = (ROOT / "docs" / "router.md").read_text()
+    assert rows(text, "router.") == settings(RouterSection, "router")
+    for name in ("round_robin", "least_loaded", "power_of_two", "session", "kv_aware", "slo_aware"):
+        assert f"| `{name}` |" in text
 
 
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda f: f.name)
@@ -64,7 +79,7 @@ def test_every_metric_stands_in_its_table(feature: Feature) -> None:
     assert rows(page(feature), "xllm:") == expected
 
 
-@pytest.mark.parametrize("feature", FEATURES, ids=lambda f: f.name)
+@pytest.mark.parametrize("feature", PARTS, ids=lambda f: f.name)
 def test_every_part_has_a_readme_of_the_one_form(feature: Feature) -> None:
     text = page(feature)
     positions = [text.find(f"\n{heading}\n") for heading in PART_HEADINGS]

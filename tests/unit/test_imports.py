@@ -17,6 +17,8 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "vllm
 @pytest.mark.parametrize(
     "module",
     [
+        "xllm_kv.events",
+        "xllm_kv.index",
         "xllm_plugins.activation",
         "xllm_plugins.cli",
         "xllm_plugins.compat.scheduler_levers",
@@ -29,7 +31,9 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "vllm
         "xllm_scheduler.engine.policy",
         "xllm_scheduler.engine.steps",
         "xllm_scheduler.plugin",
-        "xllm_scheduler.service.routing",
+        "xllm_scheduler.service.app",
+        "xllm_scheduler.service.fleet",
+        "xllm_scheduler.service.member",
         "xllm_scheduler.simulate.command",
         "xllm_scheduler.simulate.measure",
         "xllm_scheduler.simulate.profiles",

@@ -21,8 +21,7 @@ from xllm_plugins.manager import registry
 from xllm_scheduler.engine.policy import PrefillView, StepView
 
 section = load_settings({}).sections["scheduler"]
-for feature in registry().features().values():
-    feature.check(section)
+registry().features()["scheduler"].check(section)
 policy = registry().policy("scheduler.step", section.policy).factory(section)
 
 def offline(name, tokens):

@@ -205,7 +205,9 @@ class ElasticPolicy(StepPolicy):
         """
         pace_ms = min(view.online.tpot_ms, default=math.inf)
         late_ms = max((min(view.online.due_s, default=math.inf) - view.start_s) * 1e3, pace_ms)
-        if len(prefills) <= _FEW:  # with more of them, decodes would only lose what prefills win
+        if not view.hurries:
+            late_ms = due_ms
+        elif len(prefills) <= _FEW:  # with more of them, decodes would only lose what prefills win
             late_ms += self._recoverable_ms(view)
         haste = _HASTE / self._caution(view)
         bound_ms, others_ms, hurried = due_ms, math.inf, False

@@ -118,6 +118,8 @@ class StepView(NamedTuple):
         online_rate: how many online requests arrive per second.
         relative_attainment: the share of recent online requests that met both SLOs, of those that
             would have without offline work.
+        hurries: whether prefills may make decodes late; not at an instance that is there to
+            generate, whose prompts are short or overflow from elsewhere.
         victims: offline requests to choose from where the first waiting online request finds no
             slot or too few blocks; empty otherwise.
     """
@@ -139,6 +141,7 @@ class StepView(NamedTuple):
     online_output_tokens: float = 0.0
     online_rate: float = 0.0
     relative_attainment: float = 1.0
+    hurries: bool = True
     victims: Sequence[Victim] = ()
 
 

@@ -21,7 +21,7 @@ from xllm_plugins.activation import REPORT_KEY, SETTINGS_KEY
 from xllm_plugins.compat import scheduler_levers as levers
 from xllm_plugins.config import parse_section
 from xllm_plugins.errors import ConfigError
-from xllm_plugins.latency import StepShape, StepTimeModel
+from xllm_plugins.latency import StepShape, StepTime, StepTimeModel
 from xllm_plugins.manager import registry
 from xllm_plugins.status import Report, register_reporter
 from xllm_scheduler.classes import classify
@@ -41,6 +41,7 @@ else:
 
 logger = logging.getLogger("vllm.xllm_scheduler")
 
+_GENERATES = "decode"  # the role of an instance that is there to generate
 _WINDOW = 256  # how many waiting requests of a class a step looks at
 
 
@@ -49,10 +50,12 @@ class ElasticMixin(_Base):  # type: ignore[misc]
 
     Attributes:
         wall_clock: has ``monotonic()`` and ``time()``; a simulation puts its own here.
+        role: what a router gives this instance to do: ``prefill``, ``decode`` or ``mixed``.
         policy_failure: what the step policy raised; empty as long as it did not.
     """
 
     wall_clock: Any = time
+    role = "mixed"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -81,6 +84,11 @@ class ElasticMixin(_Base):  # type: ignore[misc]
         self._demand = Demand()
         self._books = Books()
         register_reporter("scheduler", self.xllm_report)
+
+    @property
+    def step_time(self) -> StepTime:
+        """How long steps take, as learned so far."""
+        return self._model.current
 
     def add_request(self, request: Request) -> None:
         """Classify the request, then let vLLM queue it."""
@@ -277,6 +285,7 @@ class ElasticMixin(_Base):  # type: ignore[misc]
             online_output_tokens=self._demand.output_tokens,
             online_rate=self._demand.rate(now_s),
             relative_attainment=self._books.relative_attainment(now_s),
+            hurries=self.role != _GENERATES,
             victims=views.victims(self) if preempts else (),
         )
 

@@ -40,7 +40,8 @@ class Step:
         """Add so many of a request's tokens, more of them if it is in the step already."""
         before = self.tokens.get(request.request_id, 0)
         tokens = min(tokens, self.tokens_left)
-        self.shape = self.shape.with_chunk(tokens, request.context_tokens + before)
+        context = request.context_tokens + before
+        self.shape = self.shape.with_chunk(tokens, context, more=before > 0)
         self.tokens_left -= tokens
         self.used += tokens
         total = before + tokens

@@ -1,14 +1,22 @@
-"""Which instance serves a request and which role an instance has: interface and first policies.
+"""Where a request goes and which role an instance has: the interface that policies implement.
 
-The router and the simulator carry the same policies.
+The router and the simulator carry the same policies. What a policy sees is plain data, and the time
+is handed to it.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
+from types import MappingProxyType
 from typing import NamedTuple
+
+from xllm_plugins.latency import StepTime
+
+UNKNOWN = StepTime()
+_NONE: Mapping[str, float] = MappingProxyType({})
 
 
 class Role(str, Enum):
@@ -28,13 +36,20 @@ class RequestView(NamedTuple):
         prompt_tokens: to be computed or found in a cache.
         ttft_ms: its SLO; infinite for offline requests.
         tpot_ms: its SLO; infinite for offline requests.
+        output_tokens: how many it is expected to generate.
+        cached: tokens of its prompt that each instance need not compute, by its id; those in slower
+            tiers count for less.
+        session: what its client's requests have in common; empty for nothing.
     """
 
     request_id: str
     online: bool
     prompt_tokens: int
-    ttft_ms: float
-    tpot_ms: float
+    ttft_ms: float = math.inf
+    tpot_ms: float = math.inf
+    output_tokens: float = 1.0
+    cached: Mapping[str, float] = _NONE
+    session: str = ""
 
 
 class InstanceView(NamedTuple):
@@ -43,20 +58,45 @@ class InstanceView(NamedTuple):
     Attributes:
         instance_id: its id.
         role: what it is given to do.
-        waiting: requests that wait there.
-        running: requests that run there.
+        waiting: requests whose first token is still to come.
+        running: requests that generate.
+        offline: offline requests that this router has under way there.
         waiting_tokens: tokens that are to be prefilled there.
+        waiting_ms: how long that takes, beside the steps' base.
+        context_tokens: what those that generate have for context, in all.
         kv_used: the used share of its KV cache, 0..1.
         accepts: False while it drains or is lost.
+        step_time: how long its steps take; not ready if that is not known.
+        step_tokens: most tokens of one step.
+        pace_ms: how long a step lasts at most while online requests generate; infinite for an
+            engine that does not look.
+        prefill_share: the recent share of its time that went into prefills, 0..1.
+        prompt_ms: what a recent prompt took of its time on average.
+        answer_tokens: what a recent answer of the fleet had on average.
+        transfers: whether it sends and fetches KV.
+        transfer_ms: what it takes to fetch KV from another instance, beside its tokens.
+        transfer_token_ms: and for each token.
     """
 
     instance_id: str
     role: Role
     waiting: int = 0
     running: int = 0
+    offline: int = 0
     waiting_tokens: int = 0
+    waiting_ms: float = 0.0
+    context_tokens: int = 0
     kv_used: float = 0.0
     accepts: bool = True
+    step_time: StepTime = UNKNOWN
+    step_tokens: int = 8192
+    pace_ms: float = math.inf
+    prefill_share: float = 0.0
+    prompt_ms: float = 0.0
+    answer_tokens: float = 0.0
+    transfers: bool = True
+    transfer_ms: float = 0.0
+    transfer_token_ms: float = 0.0
 
 
 class Route(NamedTuple):
@@ -65,14 +105,22 @@ class Route(NamedTuple):
     Attributes:
         prefill: the instance that computes its prompt.
         decode: the instance that generates; the same one unless KV is to be moved.
+        why: the reason, in a few words.
+        costs: what each instance that was looked at would have cost, lowest best; in ms where the
+            policy predicts.
     """
 
     prefill: str
     decode: str
+    why: str = ""
+    costs: Sequence[tuple[str, float]] = ()
 
 
 class RoutingPolicy(ABC):
     """The interface of kind ``service.routing``."""
+
+    reads_cached = False
+    """Whether it looks at :attr:`RequestView.cached`, which costs tokenising the prompt."""
 
     @abstractmethod
     def route(
@@ -87,61 +135,3 @@ class RolePolicy(ABC):
     @abstractmethod
     def roles(self, instances: Sequence[InstanceView], now_s: float) -> Mapping[str, Role]:
         """The role that each instance shall have, by id; those that may stay can be left out."""
-
-
-class RoundRobin(RoutingPolicy):
-    """Each instance in turn, prefill and decode apart."""
-
-    def __init__(self) -> None:
-        self._prefills = self._decodes = 0
-
-    def route(
-        self, request: RequestView, instances: Sequence[InstanceView], now_s: float
-    ) -> Route | None:
-        """See :class:`RoutingPolicy`."""
-        return routed(instances, self._next_prefill, self._next_decode)
-
-    def _next_prefill(self, among: Sequence[InstanceView]) -> InstanceView:
-        self._prefills += 1
-        return among[(self._prefills - 1) % len(among)]
-
-    def _next_decode(self, among: Sequence[InstanceView]) -> InstanceView:
-        self._decodes += 1
-        return among[(self._decodes - 1) % len(among)]
-
-
-class LeastLoaded(RoutingPolicy):
-    """Fewest tokens to prefill, then fewest requests; generating goes where fewest requests are."""
-
-    def route(
-        self, request: RequestView, instances: Sequence[InstanceView], now_s: float
-    ) -> Route | None:
-        """See :class:`RoutingPolicy`."""
-        return routed(
-            instances,
-            lambda among: min(among, key=lambda i: (i.waiting_tokens, i.waiting + i.running)),
-            lambda among: min(among, key=lambda i: (i.waiting + i.running, i.kv_used)),
-        )
-
-
-def routed(
-    instances: Sequence[InstanceView],
-    pick_prefill: Callable[[Sequence[InstanceView]], InstanceView],
-    pick_decode: Callable[[Sequence[InstanceView]], InstanceView],
-) -> Route | None:
-    """A route over those that accept, by their roles; None if nobody does.
-
-    Args:
-        instances: all of them.
-        pick_prefill: who computes the prompt, of at least one; without one of the roles, whoever
-            accepts.
-        pick_decode: who generates, of at least one; asked where a prefill instance was picked.
-    """
-    accepting = [i for i in instances if i.accepts]
-    if not accepting:
-        return None
-    prefill = pick_prefill([i for i in accepting if i.role is not Role.DECODE] or accepting)
-    decodes = [i for i in accepting if i.role is not Role.PREFILL]
-    if prefill.role is not Role.PREFILL or not decodes:
-        return Route(prefill.instance_id, prefill.instance_id)
-    return Route(prefill.instance_id, pick_decode(decodes).instance_id)

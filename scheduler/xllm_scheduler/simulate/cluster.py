@@ -2,75 +2,28 @@
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from xllm_scheduler.classes import CLASS_KEY, TPOT_KEY, TTFT_KEY, ServiceClass
-from xllm_scheduler.service.routing import (
-    RequestView,
-    Role,
-    RolePolicy,
-    RoutingPolicy,
-)
+from xllm_kv.index import Prompt
+from xllm_scheduler.service.fleet import Fleet
+from xllm_scheduler.service.routing import RequestView, Role, RolePolicy, RoutingPolicy
+from xllm_scheduler.simulate.agenda import Agenda
 from xllm_scheduler.simulate.clock import START_S, VirtualClock
 from xllm_scheduler.simulate.connector import Transfer
 from xllm_scheduler.simulate.engine import Engine
-from xllm_scheduler.simulate.hardware import Link
-from xllm_scheduler.simulate.instance import Instance, Produced, SimulationError
+from xllm_scheduler.simulate.instance import Instance, Produced
+from xllm_scheduler.simulate.members import MODEL, ClusterSpec, record_of, xargs_of
 from xllm_scheduler.simulate.network import Network
 from xllm_scheduler.simulate.outcomes import Outcome, Run, Sample
 from xllm_scheduler.simulate.profiles import Profile
-from xllm_scheduler.simulate.workload import (
-    Ask,
-    Prompts,
-    Session,
-    Stream,
-    arrivals,
-    fitting,
-)
+from xllm_scheduler.simulate.workload import Ask, Prompts, Session, Stream, arrivals, fitting
 
 _ROUTER_MS = 1.0  # from one instance's answer to the next one's queue
 Progress = Callable[[float, int], None]
 """Called now and then with the virtual seconds passed and the requests that are finished."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An instance is lost, and comes back.
-
-    Attributes:
-        instance: which.
-        at_s: when it is lost.
-        back_s: when it is there again, empty; infinite for never.
-    """
-
-    instance: str
-    at_s: float
-    back_s: float
-
-
-@dataclass(frozen=True)
-class ClusterSpec:
-    """What the cluster is.
-
-    Attributes:
-        roles: the role of each instance at the beginning; one entry per instance.
-        link: what KV travels by.
-        role_change_ms: how long a change of role takes once the instance has drained.
-        roles_every_s: how often the role policy is asked.
-        failures: which instances are lost, and when.
-        sample_s: how often the instances are looked at for the report.
-    """
-
-    roles: Sequence[Role]
-    link: Link
-    role_change_ms: float = 100.0
-    roles_every_s: float = 5.0
-    failures: Sequence[Failure] = ()
-    sample_s: float = 1.0
 
 
 @dataclass(slots=True)
@@ -109,15 +62,14 @@ class Cluster:
         roles: RolePolicy | None = None,
     ) -> None:
         self._spec, self._engine, self._profile = spec, engine, profile
-        self._routing, self._roles = routing, roles
         self._clock = VirtualClock()
+        self._agenda = Agenda(self._clock)
+        self._fleet = Fleet(routing, roles)
         self._network = Network(spec.link)
         self._instances = {
             f"i{index}": Instance(f"i{index}", engine, profile, self._clock, role)
             for index, role in enumerate(spec.roles)
         }
-        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self._number = 0
         self._wakes: dict[str, float] = {}
         self._active: dict[str, _Active] = {}
         self._unplaced: deque[str] = deque()
@@ -152,21 +104,17 @@ class Cluster:
         fitted = [fitting(stream, self._engine.max_model_len - 1) for stream in streams]
         self._streams = [stream for stream, _ in fitted]
         self._backlogs = [deque(s.asks if s.outstanding else ()) for s in self._streams]
-        for at_s, index, item in arrivals(self._streams):
-            self._to_come += 1
-            self._at(START_S + at_s, self._arrive, index, item)
-        for index, stream in enumerate(self._streams):
-            for _ in range(stream.outstanding):
-                self._at(START_S, self._take_next, index)
-        for failure in self._spec.failures:
-            self._at(START_S + failure.at_s, self._lose, failure.instance)
-            if failure.back_s != float("inf"):
-                self._at(START_S + failure.back_s, self._recover, failure.instance)
-        self._at(START_S, self._sample)
-        if self._roles is not None:
-            self._at(START_S + self._spec.roles_every_s, self._ask_roles)
+        for instance in self._instances.values():
+            self._join(instance)
+        self._plan()
         end_s = float("inf") if seconds is None else START_S + seconds
-        self._loop(end_s, progress)
+        told_s = START_S
+        for now_s in self._agenda.happen(end_s):
+            if progress is not None and now_s - told_s >= 1.0:
+                told_s = now_s
+                progress(now_s - START_S, self._finished)
+            if seconds is None and not self._to_come:
+                break
         last_s = self._clock.now_s if seconds is None else end_s
         return Run(
             outcomes=self._outcomes,
@@ -180,28 +128,23 @@ class Cluster:
             events=self._log,
         )
 
-    def _loop(self, end_s: float, progress: Progress | None) -> None:
-        told_s = START_S
-        while self._events and (self._to_come or end_s < float("inf")):
-            at_s, _, act, args = heapq.heappop(self._events)
-            if at_s > end_s:
-                return
-            self._clock.now_s = at_s
-            try:
-                act(*args)
-            except Exception as error:
-                what = " ".join([act.__name__.strip("_"), *(str(a)[:80] for a in args)])
-                kind = "" if isinstance(error, SimulationError) else f"{type(error).__name__}: "
-                raise SimulationError(
-                    f"At {at_s - START_S:.6f} s ({what}): {kind}{error}"
-                ) from error
-            if progress is not None and at_s - told_s >= 1.0:
-                told_s = at_s
-                progress(at_s - START_S, self._finished)
-
-    def _at(self, at_s: float, act: Callable[..., None], *args: Any) -> None:
-        self._number += 1
-        heapq.heappush(self._events, (at_s, self._number, act, args))
+    def _plan(self) -> None:
+        """Put on the agenda what is known from the beginning."""
+        at = self._agenda.at
+        for at_s, index, item in arrivals(self._streams):
+            self._to_come += 1
+            at(START_S + at_s, self._arrive, index, item)
+        for index, stream in enumerate(self._streams):
+            for _ in range(stream.outstanding):
+                at(START_S, self._take_next, index)
+        for failure in self._spec.failures:
+            at(START_S + failure.at_s, self._lose, failure.instance)
+            if failure.back_s != float("inf"):
+                at(START_S + failure.back_s, self._recover, failure.instance)
+        at(START_S, self._sample)
+        at(START_S, self._beat)
+        if self._fleet.roles is not None:
+            at(START_S + self._spec.roles_every_s, self._ask_roles)
 
     # Requests
 
@@ -239,20 +182,14 @@ class Cluster:
         token = self._prompts.token()
         made = _Active(outcome, request_id, prompt, token, rest=rest, stream=index)
         self._active[request_id] = made
-        self._at(self._clock.now_s + self._profile.request_ms / 2e3, self._place, request_id)
+        self._agenda.after(self._profile.request_ms / 2e3, self._place, request_id)
 
     def _place(self, request_id: str) -> None:
         active = self._active[request_id]
         outcome = active.outcome
-        views = [i.view() for i in self._instances.values()]
-        request = RequestView(
-            request_id,
-            outcome.online,
-            len(active.prompt),
-            outcome.slo.ttft_ms,
-            outcome.slo.tpot_ms,
-        )
-        route = self._routing.route(request, views, self._clock.now_s)
+        request = self._view(active)
+        prompt = Prompt(MODEL, active.prompt) if self._engine.spec.kv_events else None
+        route = self._fleet.place(request, self._clock.now_s, prompt=prompt)
         if route is None:
             self._unplaced.append(request_id)
             return
@@ -263,6 +200,17 @@ class Cluster:
         active.decode = route.decode if moves else ""
         self._add(active, 1 if moves else remaining, {"do_remote_decode": True} if moves else None)
 
+    def _view(self, active: _Active) -> RequestView:
+        outcome = active.outcome
+        return RequestView(
+            active.name,
+            outcome.online,
+            len(active.prompt),
+            outcome.slo.ttft_ms,
+            outcome.slo.tpot_ms,
+            output_tokens=self._engine.max_model_len,
+        )
+
     def _add(self, active: _Active, max_tokens: int, transfer: Mapping[str, Any] | None) -> None:
         outcome = active.outcome
         instance = self._instances[active.at]
@@ -272,7 +220,7 @@ class Cluster:
             max_tokens=max_tokens,
             token=active.token,
             online=outcome.online,
-            xargs=_xargs(outcome),
+            xargs=xargs_of(outcome),
             transfer=transfer,
         )
         self._advance(instance.instance_id)
@@ -286,12 +234,15 @@ class Cluster:
             self._wakes.pop(name, None)
         for produced in instance.advance():
             self._produced(name, produced)
+        events = instance.take_events()
+        if events:
+            self._fleet.kv_events(name, 0, events)
         for due in instance.transfers():
             self._send(name, due)
         next_s = instance.next_s()
         if next_s is not None and self._wakes.get(name, float("inf")) > next_s:
             self._wakes[name] = next_s
-            self._at(next_s, self._wake, name, next_s)
+            self._agenda.at(next_s, self._wake, name, next_s)
         if instance.draining and not instance.requests:
             self._drained(name)
 
@@ -308,13 +259,15 @@ class Cluster:
             outcome.cached_tokens = produced.cached_tokens
         # What moves is generated, from the first token on, where it goes to, as with vLLM's
         # routers; the instance that prefills generates one token because it cannot do without.
+        if produced.cached_tokens is not None:
+            self._fleet.first_token(produced.request_id)
         if produced.tokens and not active.decode:
             outcome.produced(produced.tokens, self._clock.now_s - START_S)
             active.history += [active.token] * produced.tokens
         if not produced.finished:
             return
         if active.decode:
-            self._at(self._clock.now_s + _ROUTER_MS / 1e3, self._hand_over, produced.request_id)
+            self._agenda.after(_ROUTER_MS / 1e3, self._hand_over, produced.request_id)
             return
         self._done(produced.request_id)
 
@@ -322,12 +275,13 @@ class Cluster:
         active = self._active.pop(request_id)
         stream = self._streams[active.stream]
         self._finished += 1
+        self._fleet.finished(self._view(active), active.outcome.tokens, self._clock.now_s)
         if stream.outstanding:
-            self._at(self._clock.now_s, self._take_next, active.stream)
+            self._agenda.after(0.0, self._take_next, active.stream)
         elif active.rest:
             spoken = active.prompt + active.history
             think_s = active.rest[0].think_s
-            self._at(self._clock.now_s + think_s, self._turn, active.stream, spoken, active.rest)
+            self._agenda.after(think_s, self._turn, active.stream, spoken, active.rest)
         else:
             self._to_come -= 1
 
@@ -349,11 +303,11 @@ class Cluster:
     def _send(self, receiver: str, due: Transfer) -> None:
         now_s = self._clock.now_s
         if not due.tokens:  # all of it was in the receiver's prefix cache
-            self._at(now_s, self._sent, due.sender, due.request_id)
+            self._agenda.at(now_s, self._sent, due.sender, due.request_id)
             return
         size = int(due.tokens * self._engine.kv_token_bytes)
         end_s = self._network.transfer(due.sender, receiver, size, now_s)
-        self._at(end_s, self._received, due.sender, receiver, due.request_id)
+        self._agenda.at(end_s, self._received, due.sender, receiver, due.request_id)
 
     def _received(self, sender: str, receiver: str, request_id: str) -> None:
         active = self._active.get(request_id)
@@ -376,30 +330,34 @@ class Cluster:
 
     def _lose(self, name: str) -> None:
         instance = self._instances[name]
-        self._log.append((self._clock.now_s - START_S, f"{name} is lost"))
+        self._note(f"{name} is lost")
         instance.lost, instance.draining = True, False
         self._wanted.pop(name, None)
         self._network.forget(name)
+        self._fleet.leave(name)
         for request_id in instance.restart():
             active = self._active.get(request_id)
             if active is not None and active.at == name:
                 self._again(request_id)
 
     def _recover(self, name: str) -> None:
-        self._log.append((self._clock.now_s - START_S, f"{name} is back"))
-        self._instances[name].lost = False
+        self._note(f"{name} is back")
+        instance = self._instances[name]
+        instance.lost = False
+        self._join(instance)
         self._place_waiting()
 
     def _again(self, request_id: str) -> None:
         """Go on with a request elsewhere; what was generated is kept, its KV is not."""
         active = self._active.pop(request_id)
+        self._fleet.dropped(request_id)
         active.prompt = active.prompt + active.history
         active.history, active.at, active.decode, active.fetched = [], "", "", False
         active.outcome.attempts += 1
         # The instance that it was at may still have it under the old name.
         active.name = f"{active.outcome.request_id}.{active.outcome.attempts}"
         self._active[active.name] = active
-        self._at(self._clock.now_s + _ROUTER_MS / 1e3, self._place, active.name)
+        self._agenda.after(_ROUTER_MS / 1e3, self._place, active.name)
 
     def _place_waiting(self) -> None:
         waiting, self._unplaced = self._unplaced, deque()
@@ -409,36 +367,55 @@ class Cluster:
     # Roles
 
     def _ask_roles(self) -> None:
-        assert self._roles is not None
-        now_s = self._clock.now_s
-        views = [i.view() for i in self._instances.values()]
-        for name, role in self._roles.roles(views, now_s).items():
+        for name, role in self._fleet.wanted_roles(self._clock.now_s).items():
             instance = self._instances[name]
-            if role is not instance.role and not instance.lost and not instance.draining:
-                self._log.append((now_s - START_S, f"{name} drains, to become {role.value}"))
-                instance.draining = True
-                self._wanted[name] = role
-                self._advance(name)
-        self._at(now_s + self._spec.roles_every_s, self._ask_roles)
+            if role is instance.role or instance.lost or instance.draining:
+                continue
+            if not self._spec.drain:
+                self._change_role(name, role)
+                continue
+            self._note(f"{name} drains, to become {role.value}")
+            instance.draining = True
+            self._fleet.drain(name, True)
+            self._wanted[name] = role
+            self._advance(name)
+        self._agenda.after(self._spec.roles_every_s, self._ask_roles)
 
     def _drained(self, name: str) -> None:
         role = self._wanted.pop(name, None)
         if role is not None:
-            change_s = self._spec.role_change_ms / 1e3
-            self._at(self._clock.now_s + change_s, self._change_role, name, role)
+            self._agenda.after(self._spec.role_change_ms / 1e3, self._change_role, name, role)
 
     def _change_role(self, name: str, role: Role) -> None:
         instance = self._instances[name]
         if instance.lost:
             return
-        self._log.append((self._clock.now_s - START_S, f"{name} is {role.value}"))
-        instance.role, instance.draining = role, False
+        self._note(f"{name} is {role.value}")
+        instance.take_role(role)
+        instance.draining = False
+        self._fleet.set_role(name, role, self._clock.now_s)
+        self._fleet.drain(name, False)
         self._place_waiting()
+
+    def _join(self, instance: Instance) -> None:
+        record = record_of(instance, self._engine, self._profile, self._spec.link)
+        self._fleet.join(record, self._clock.now_s)
+
+    # What is seen
+
+    def _note(self, what: str) -> None:
+        self._log.append((self._clock.now_s - START_S, what))
+
+    def _beat(self) -> None:
+        for name, instance in self._instances.items():
+            if not instance.lost:
+                self._fleet.beat(name, "", instance.beat(), self._clock.now_s)
+        self._agenda.after(self._spec.beat_s, self._beat)
 
     def _sample(self) -> None:
         now_s = self._clock.now_s
         for name, instance in self._instances.items():
-            view = instance.view()
+            beat = instance.beat()
             tokens, offline = self._seen.get(name, (0, 0))
             computed = instance.tokens - tokens
             self._seen[name] = (instance.tokens, instance.offline_tokens)
@@ -447,23 +424,12 @@ class Cluster:
                     at_s=now_s - START_S,
                     instance=name,
                     role="lost" if instance.lost else instance.role.value,
-                    waiting=view.waiting,
-                    running=view.running,
-                    kv_used=view.kv_used,
+                    waiting=beat.waiting,
+                    running=beat.running,
+                    kv_used=beat.kv_used,
                     offline_share=(instance.offline_tokens - offline) / computed
                     if computed
                     else 0.0,
                 )
             )
-        self._at(now_s + self._spec.sample_s, self._sample)
-
-
-def _xargs(outcome: Outcome) -> dict[str, Any]:
-    """As a client says a request's class and SLOs."""
-    if not outcome.online:
-        return {CLASS_KEY: ServiceClass.OFFLINE.value}
-    return {
-        CLASS_KEY: ServiceClass.ONLINE.value,
-        TTFT_KEY: outcome.slo.ttft_ms,
-        TPOT_KEY: outcome.slo.tpot_ms,
-    }
+        self._agenda.after(self._spec.sample_s, self._sample)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _EVERY_S = 2.0
 # Options that are fields of a scenario under the same name.
 _FIELDS = (
-    "model", "gpu", "tp", "instances", "scheduler", "kv_gib", "routing", "link", "seconds", "seed",
+    "model", "gpu", "tp", "instances", "scheduler", "kv_gib", "routing", "role_policy",
+    "link", "seconds", "seed",
 )  # fmt: skip
 
 
@@ -48,7 +49,8 @@ def add_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     add("--vllm", type=_pairs, default={}, metavar="NAME=VALUE,...", help="vLLM's arguments")
     add("--kv-gib", type=float, help="KV cache of each GPU; default: what the weights leave")
     add("--profile", type=Path, help="a step-time profile; default: the shipped one")
-    add("--routing", help="round-robin or least-loaded")
+    add("--routing", help="a routing policy of the router's; default: least_loaded")
+    add("--role-policy", help="what changes roles, such as dynamic; default: nothing")
     add("--link", help="nvlink, rdma-400g, ethernet-25g or tcp: what KV travels by")
     add("--trace", type=Path, help="online requests: Mooncake JSONL, Azure or lengths CSV")
     add("--slo", type=_pairs, metavar="ttft=MS,tpot=MS", help="what they are promised")

@@ -41,6 +41,7 @@ class EngineSpec:
         settings: of the section ``scheduler``, for ``elastic``.
         vllm: further arguments of vLLM's, by the names of ``EngineArgs``.
         kv_gib: the KV cache's size on each GPU; None for what weights and activations leave.
+        kv_events: whether instances tell which KV they hold.
     """
 
     model: str
@@ -50,6 +51,7 @@ class EngineSpec:
     settings: Mapping[str, Any] = field(default_factory=dict)
     vllm: Mapping[str, Any] = field(default_factory=dict)
     kv_gib: float | None = None
+    kv_events: bool = False
 
 
 class Engine:
@@ -60,12 +62,17 @@ class Engine:
         kv_cache_config: as on the target.
         block_tokens: tokens of a KV block.
         kv_token_bytes: what one token's KV takes on all GPUs together.
+        kv_tokens: what the KV cache holds.
+        step_tokens: most tokens of one step.
         depth: how many steps may be in flight.
+        forward_blocks: whether the worker begins transfers only when a step has been computed: a
+            CPU computes in the thread that launches.
         max_model_len: the longest request, in tokens.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
+        self.forward_blocks = spec.gpu == CPU
         gpu = named(GPUS, spec.gpu, "gpu")
         if spec.gpu == CPU:
             platform: AbstractContextManager[None] = nullcontext()
@@ -98,21 +105,31 @@ class Engine:
         shards = 1 if config.model_config.use_mla else spec.tensor_parallel
         tokens = (self.kv_cache_config.num_blocks - 1) * self.block_tokens
         self.kv_token_bytes = kv_bytes * shards / tokens
+        self.kv_tokens: int = tokens
+        self.step_tokens: int = config.scheduler_config.max_num_batched_tokens
         self._class = self._scheduler_class()
 
-    def scheduler(self, clock: VirtualClock) -> Any:
-        """A new scheduler of this engine, empty."""
+    def scheduler(self, clock: VirtualClock, publisher: Any = None) -> Any:
+        """A new scheduler of this engine, empty.
+
+        Args:
+            clock: what it takes for the time.
+            publisher: is told of KV events, as vLLM's publishers are; None for no events.
+        """
         from vllm.v1.structured_output import StructuredOutputManager
 
         scheduler, hashes = self._blocks
         cls = type(self._class.__name__, (self._class,), {"wall_clock": clock})
-        return cls(
+        made = cls(
             vllm_config=self.vllm_config,
             kv_cache_config=self.kv_cache_config,
             structured_output_manager=StructuredOutputManager(self.vllm_config),
             block_size=scheduler,
             hash_block_size=hashes,
         )
+        if publisher is not None:
+            made.kv_event_publisher = publisher
+        return made
 
     @functools.cached_property
     def block_hasher(self) -> Any:
@@ -177,10 +194,13 @@ def _weight_bits(quantization: Any) -> int | None:
 
 
 def _vllm_config(spec: EngineSpec, directory: str) -> Any:
+    from vllm.config import KVEventsConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
     extra = dict(spec.vllm)
+    if spec.kv_events:  # "null", since each scheduler is given a publisher of ours
+        extra["kv_events_config"] = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
     if spec.scheduler == PRIORITY:
         extra["scheduling_policy"] = "priority"
     try:

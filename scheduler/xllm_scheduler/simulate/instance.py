@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vllm.sampling_params import SamplingParams
@@ -13,7 +13,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from xllm_plugins.errors import XllmError
 from xllm_plugins.latency import StepShape
-from xllm_scheduler.service.routing import InstanceView, Role
+from xllm_scheduler.engine.load import beat_of, take_role
+from xllm_scheduler.service.load import Beat
+from xllm_scheduler.service.routing import Role
 from xllm_scheduler.simulate.clock import VirtualClock
 from xllm_scheduler.simulate.connector import Transfer
 from xllm_scheduler.simulate.engine import Engine
@@ -30,6 +32,7 @@ class _Launched(NamedTuple):
     output: Any
     result: ModelRunnerOutput
     end_s: float
+    transfers: Sequence[Transfer] = ()  # that begin when it has ended
 
 
 class Produced(NamedTuple):
@@ -70,17 +73,21 @@ class Instance:
         self.offline_tokens = self.tokens = 0
         self._engine, self._profile, self._clock = engine, profile, clock
         self._depth = engine.depth
+        self._tells = engine.spec.kv_events
         self._rng = random.Random(f"jitter-{instance_id}")  # noqa: S311 - not for secrets
         self.restart()
 
     def restart(self) -> list[str]:
         """Begin anew and empty; the ids of the requests that were there."""
         gone = list(self.requests) if hasattr(self, "scheduler") else []
-        self.scheduler = self._engine.scheduler(self._clock)
+        self._events: list[Any] = []
+        self.scheduler = self._engine.scheduler(self._clock, self if self._tells else None)
+        self.take_role(self.role)
         self._in_flight: deque[_Launched] = deque()
         self._free_s = self._clock.now_s
         self._received: set[str] = set()
         self._sent: set[str] = set()
+        self._due: list[Transfer] = []
         self._token: dict[str, int] = {}
         self._offline: set[str] = set()
         return gone
@@ -131,6 +138,11 @@ class Instance:
             self._offline.add(request_id)
         self.scheduler.add_request(request)
 
+    def take_role(self, role: Role) -> None:
+        """Do something else from now on."""
+        self.role = role
+        take_role(self.scheduler, {"role": role.value})
+
     def abort(self, request_id: str) -> None:
         """Drop a request."""
         self.scheduler.finish_requests([request_id], RequestStatus.FINISHED_ABORTED)
@@ -154,7 +166,12 @@ class Instance:
             failure = getattr(self.scheduler, "policy_failure", "")
             if failure:
                 raise SimulationError(f"the step policy of {self.instance_id} raised {failure}")
-            launched = self._launch(output, now_s)
+            due = self.scheduler.connector.take_due()
+            if self._engine.forward_blocks:
+                launched = self._launch(output, now_s)._replace(transfers=due)
+            else:
+                launched = self._launch(output, now_s)
+                self._due += due
             if output.total_num_scheduled_tokens or self._in_flight:
                 self._in_flight.append(launched)
                 continue
@@ -171,23 +188,21 @@ class Instance:
 
     def transfers(self) -> list[Transfer]:
         """The KV that requests here wait for, since the last call."""
-        due: list[Transfer] = self.scheduler.connector.take_due()
+        due, self._due = self._due, []
         return due
 
-    def view(self) -> InstanceView:
-        """What routing may know."""
-        scheduler = self.scheduler
-        waiting = [*scheduler.waiting, *scheduler.kv_holding_waiting]
-        prefills = [*waiting, *(r for r in scheduler.running if r.is_prefill_chunk)]
-        return InstanceView(
-            instance_id=self.instance_id,
-            role=self.role,
-            waiting=len(waiting),
-            running=len(scheduler.running),
-            waiting_tokens=sum(r.num_tokens - r.num_computed_tokens for r in prefills),
-            kv_used=scheduler.kv_cache_manager.usage,
-            accepts=not (self.draining or self.lost),
-        )
+    def publish(self, batch: Any) -> None:
+        """Take KV events of the scheduler, as vLLM's publishers do."""
+        self._events += batch.events
+
+    def take_events(self) -> list[Any]:
+        """The KV events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def beat(self) -> Beat:
+        """What it says of itself."""
+        return beat_of(self.scheduler)
 
     def _has_work(self) -> bool:
         return bool(self.scheduler.has_requests() or self._received or self._sent)
@@ -226,6 +241,7 @@ class Instance:
         return _Launched(output, result, self._free_s)
 
     def _end(self, step: _Launched) -> Iterator[Produced]:
+        self._due += step.transfers
         if self._received or self._sent:
             step.result.kv_connector_output = KVConnectorOutput(
                 finished_sending=self._sent, finished_recving=self._received

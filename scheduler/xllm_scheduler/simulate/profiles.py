@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from xllm_plugins.errors import ConfigError
-from xllm_plugins.latency import StepShape, StepTime
+from xllm_plugins.latency import COEFFICIENTS, StepShape, StepTime
 from xllm_scheduler.simulate.hardware import GPUS, named
 
 _FITS_ORIGIN = (
     "own fits on kernel times of aiconfigurator-core 0.12.0 (vLLM 0.24, Apache-2.0): forward "
     "passes, not end-to-end runs"
 )
-_COEFFICIENTS = ("base", "token", "square", "cross", "decode", "context", "experts", "idle_experts")
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Profile:
     def document(self) -> dict[str, Any]:
         """As it is kept in a file."""
         values = dataclasses.asdict(self)
-        values["step_time"] = {name: getattr(self.step_time, name) for name in _COEFFICIENTS}
+        values["step_time"] = {name: getattr(self.step_time, name) for name in COEFFICIENTS}
         return values
 
 
@@ -94,10 +93,10 @@ def load_profile(path: Path) -> Profile:
     if not isinstance(coefficients, dict) or "base" not in coefficients:
         raise ConfigError(f"The profile {path} has no step_time with at least a base.")
     for name, value in coefficients.items():
-        if name not in _COEFFICIENTS or not isinstance(value, (int, float)) or not value >= 0:
+        if name not in COEFFICIENTS or not isinstance(value, (int, float)) or not value >= 0:
             raise ConfigError(
                 f"The profile {path} has step_time.{name} {value!r}; allowed are numbers at least "
-                f"0 for {', '.join(_COEFFICIENTS)}."
+                f"0 for {', '.join(COEFFICIENTS)}."
             )
     values = {**document, "step_time": StepTime(**coefficients, ready=True)}
     values.setdefault("name", path.stem)

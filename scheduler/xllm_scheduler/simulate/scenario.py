@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from xllm_plugins.config import parse_section
 from xllm_plugins.errors import ConfigError
-from xllm_scheduler.service.routing import LeastLoaded, Role, RoundRobin, RoutingPolicy
+from xllm_scheduler.service.config import RouterSection, roles_of, routing_of
+from xllm_scheduler.service.routing import Role
 from xllm_scheduler.simulate import generate
-from xllm_scheduler.simulate.cluster import Cluster, ClusterSpec, Failure, Progress
+from xllm_scheduler.simulate.cluster import Cluster, Progress
 from xllm_scheduler.simulate.engine import ELASTIC, Engine, EngineSpec
 from xllm_scheduler.simulate.hardware import LINKS, named
+from xllm_scheduler.simulate.members import ClusterSpec, Failure
 from xllm_scheduler.simulate.outcomes import Run
 from xllm_scheduler.simulate.profiles import Profile, find_profile, load_profile
 from xllm_scheduler.simulate.traces import read_trace
@@ -27,10 +29,6 @@ from xllm_scheduler.simulate.workload import Ask, Session, Slo, Stream, between,
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
-ROUTING: Mapping[str, type[RoutingPolicy]] = {
-    "round-robin": RoundRobin,
-    "least-loaded": LeastLoaded,
-}
 
 
 class _Strict(BaseModel):
@@ -156,7 +154,9 @@ class Scenario(_Strict):
     vllm: dict[str, Any] = {}
     kv_gib: Positive | None = None
     profile: Path | None = None
-    routing: Literal["round-robin", "least-loaded"] = "least-loaded"
+    routing: str = "least_loaded"
+    role_policy: str = ""
+    router: dict[str, Any] = {}
     link: str = "nvlink"
     role_change_ms: Annotated[float, Field(ge=0)] = 100.0
     failures: list[FailurePart] = []
@@ -195,7 +195,11 @@ class Scenario(_Strict):
             failures=failures,
         )
         step_times = self.step_times()  # before vLLM's configuration, which takes seconds
-        cluster = Cluster(spec, _engine(self), step_times, ROUTING[self.routing]())
+        values = {"routing": self.routing, "roles": self.role_policy, **self.router}
+        section = parse_section(RouterSection, "router", values)
+        routing, role_policy = routing_of(section), roles_of(section)
+        engine = _engine(self, routing.reads_cached)
+        cluster = Cluster(spec, engine, step_times, routing, role_policy)
         seconds = self.seconds or math.inf
         streams = [stream.made(seconds, self.seed) for stream in self.streams]
         return cluster.run(streams, seconds=self.seconds, progress=progress)
@@ -274,7 +278,7 @@ def _trace(path: Path) -> list[Ask]:
 _engines: dict[str, Engine] = {}
 
 
-def _engine(scenario: Scenario) -> Engine:
+def _engine(scenario: Scenario, kv_events: bool) -> Engine:
     """One for all runs that differ in load alone; vLLM takes seconds to make its configuration."""
     spec = EngineSpec(
         scenario.model,
@@ -284,6 +288,7 @@ def _engine(scenario: Scenario) -> Engine:
         scenario.settings,
         scenario.vllm,
         scenario.kv_gib,
+        kv_events,
     )
     key = repr(spec)
     if key not in _engines:

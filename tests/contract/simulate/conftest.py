@@ -39,19 +39,21 @@ collect_ignore_glob = (
 
 
 @functools.cache
-def _engine(scheduler: str, arguments: tuple[tuple[str, Any], ...]) -> Engine:
+def _engine(scheduler: str, arguments: tuple[tuple[str, Any], ...], kv_events: bool) -> Engine:
     from xllm_scheduler.simulate.engine import Engine, EngineSpec
 
-    kv_gib = 20.0
-    return Engine(EngineSpec("Qwen3-8B", scheduler=scheduler, vllm=dict(arguments), kv_gib=kv_gib))
+    spec = EngineSpec(
+        "Qwen3-8B", scheduler=scheduler, vllm=dict(arguments), kv_gib=20.0, kv_events=kv_events
+    )
+    return Engine(spec)
 
 
 @pytest.fixture(scope="session")
 def engine() -> Callable[..., Engine]:
     """Makes an engine of Qwen3-8B on one H200; the same one for the same arguments."""
 
-    def made(scheduler: str = "vllm-fcfs", **arguments: Any) -> Engine:
-        return _engine(scheduler, tuple(sorted(arguments.items())))
+    def made(scheduler: str = "vllm-fcfs", *, kv_events: bool = False, **arguments: Any) -> Engine:
+        return _engine(scheduler, tuple(sorted(arguments.items())), kv_events)
 
     return made
 

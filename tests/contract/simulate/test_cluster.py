@@ -9,21 +9,23 @@ from typing import Any
 
 import pytest
 
+from xllm_scheduler.service.aware import KvAware
+from xllm_scheduler.service.config import RouterSection, roles_of, routing_of
 from xllm_scheduler.service.routing import (
     InstanceView,
-    LeastLoaded,
     RequestView,
     Role,
     RolePolicy,
-    RoundRobin,
     Route,
     RoutingPolicy,
 )
-from xllm_scheduler.simulate.cluster import Cluster, ClusterSpec, Failure
+from xllm_scheduler.service.staged import least_loaded, round_robin
+from xllm_scheduler.simulate.cluster import Cluster
 from xllm_scheduler.simulate.engine import Engine
 from xllm_scheduler.simulate.generate import Arrivals, Lengths, conversations, requests
 from xllm_scheduler.simulate.hardware import LINKS
 from xllm_scheduler.simulate.instance import SimulationError
+from xllm_scheduler.simulate.members import ClusterSpec, Failure
 from xllm_scheduler.simulate.outcomes import Run
 from xllm_scheduler.simulate.profiles import find_profile
 from xllm_scheduler.simulate.workload import Ask, Slo, Stream
@@ -44,7 +46,7 @@ def simulate(
     seconds: float | None = None,
 ) -> Run:
     spec = ClusterSpec(roles, LINKS[link], failures=failures)
-    cluster = Cluster(spec, engine, PROFILE, routing or LeastLoaded(), role_policy)
+    cluster = Cluster(spec, engine, PROFILE, routing or least_loaded(), role_policy)
     return cluster.run(streams, seconds=seconds)
 
 
@@ -126,6 +128,56 @@ def test_a_slower_link_makes_first_tokens_later(engine: Engines) -> None:
     assert ttfts[3] > ttfts[0] + 4000 * engine().kv_token_bytes / LINKS["tcp"].bytes_s * 900
 
 
+def test_where_the_forward_pass_blocks_a_transfer_begins_after_the_step(
+    engine: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long answer keeps the receiver busy while others' KV comes."""
+    made = engine()
+    asks = [Ask(0.0, 200, 2000), *(Ask(1.0 + 0.1 * i, 200, 10) for i in range(30))]
+    ttfts, steps = [], []
+    for blocks in (False, True):
+        monkeypatch.setattr(made, "forward_blocks", blocks)
+        run = simulate(made, chat(*asks), roles=[Role.PREFILL, Role.DECODE])
+        assert all(outcome.finished for outcome in run.outcomes)
+        ttfts.append(run.summary().ttft_ms.p50)
+        steps.append(run.summary().tpot_ms.p50)
+    assert 0.5 * steps[0] < ttfts[1] - ttfts[0] < 2.0 * steps[0]
+
+
+def test_routing_by_kv_finds_what_turns_miss(engine: Engines) -> None:
+    arrivals = Arrivals(2.0)
+    talk = conversations(arrivals, Lengths(4), Lengths(600), Lengths(40), 3.0, seconds=15.0, seed=2)
+    roles = [Role.MIXED] * 4
+
+    def hits(policy: RoutingPolicy) -> float:
+        stream = Stream("talk", True, SLO, sessions=talk)
+        run = simulate(engine(kv_events=True), stream, roles=roles, routing=policy)
+        assert all(o.finished for o in run.outcomes)
+        asked = sum(o.prompt_tokens for o in run.outcomes)
+        return sum(o.cached_tokens for o in run.outcomes) / asked
+
+    aware, turns = hits(KvAware()), hits(round_robin())
+    possible = (624 + 1264 + 1904) / (600 + 1240 + 1880 + 2520)  # all turns but the first
+    assert aware > 0.9 * possible
+    assert aware > 2.0 * turns
+
+
+def test_roles_that_follow_the_load_cut_no_answer(engine: Engines) -> None:
+    prompts = [Ask(0.2 * n, 6000, 20) for n in range(60)]
+    answers = [Ask(12.0 + 0.1 * n, 100, 300) for n in range(80)]
+    section = RouterSection(
+        routing="slo_aware", roles="dynamic", tpot_ms=30.0, role_patience=1, role_cool_down_s=1.0
+    )
+    spec = ClusterSpec([Role.MIXED] * 4, LINKS["nvlink"], drain=False, roles_every_s=0.5)
+    cluster = Cluster(spec, engine(), PROFILE, routing_of(section), roles_of(section))
+    run = cluster.run([chat(*prompts, *answers)])
+    assert [o.tokens for o in run.outcomes] == [20] * 60 + [300] * 80
+    changed = [what for _, what in run.events]
+    assert any("is prefill" in what for what in changed)
+    assert not any("drains" in what for what in changed)
+    assert any(o.prefill != o.decode for o in run.outcomes)
+
+
 def test_offline_work_fills_what_online_work_leaves(engine: Engines) -> None:
     online = chat(*poisson(1.0, seconds=18.0))
     backlog = Stream("batch", False, asks=[Ask(0.0, 800, 100)] * 5000, outstanding=64)
@@ -196,7 +248,7 @@ class _Broken(RoutingPolicy):
     ) -> Route | None:
         if now_s > 1003.0:
             raise RuntimeError("no idea")
-        return RoundRobin().route(request, instances, now_s)
+        return round_robin().route(request, instances, now_s)
 
 
 def test_a_policy_that_raises_is_reported_with_time_and_request(engine: Engines) -> None:

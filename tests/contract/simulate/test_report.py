@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
+from tests.browser import browser, logged, needs_browser
 from tests.contract.simulate.conftest import PLAIN
 from xllm_plugins.cli import main
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SENT = 'Network.requestWillBeSent"'
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="no browser: Debian's chromium and chromium-driver"
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    for flag in ("headless", "no-sandbox", "disable-gpu", "window-size=1100,1600"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, Service(DRIVER))
-    yield driver
-    driver.quit()
+pytestmark = needs_browser
+__all__ = ["browser"]  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +29,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["--sweep", "--attainment", "0.95", "--html", str(page)]
     assert main(["simulate", str(folder / "scenario.yaml"), *arguments]) == 0
     return page
-
-
-def logged(browser: webdriver.Chrome, kind: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = browser.get_log(kind)  # type: ignore[no-untyped-call]
-    return found
 
 
 def test_all_plots_are_drawn_and_nothing_is_fetched(

@@ -21,10 +21,13 @@ from xllm_plugins.activation import (
     current_selection,
     decide,
     load_settings,
+    section_of,
 )
 from xllm_plugins.config import Mode, Section
 from xllm_plugins.errors import ConfigError, FeatureError, NotAvailableError
 from xllm_plugins.features import Attachment, Decision, Feature, Selection
+from xllm_plugins.manager import registry
+from xllm_scheduler.service.member import ServiceSection
 
 
 def attaches(_: Attachment) -> str:
@@ -147,9 +150,22 @@ def test_settings_and_decisions_travel_beside_what_the_user_put_there(
     assert rows == {
         "oven": (True, "its conditions hold"),
         "scheduler": (False, "not selected"),
+        "service": (False, "not selected"),
     }
     assert report["origins"]["oven.size"] == "--additional-config"
     assert report["origins"]["oven.mode"] == "default"
+
+
+def test_secrets_do_not_travel_but_reach_the_feature(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLLM_PLUGINS", "xllm.service")
+    monkeypatch.setenv("XLLM_SERVICE_TOKEN", "hush")
+    monkeypatch.setenv("XLLM_SERVICE_BEAT_S", "0.5")
+    config = Config({})
+    attach_features(None, config)
+    assert "hush" not in str(config.additional_config)
+    section = section_of(registry().features()["service"], config)
+    assert isinstance(section, ServiceSection)
+    assert (section.token, section.beat_s) == ("hush", 0.5)
 
 
 @pytest.mark.parametrize(

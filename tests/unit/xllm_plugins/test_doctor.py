@@ -25,9 +25,24 @@ def test_a_healthy_environment_has_no_problems(capsys: pytest.CaptureFixture[str
     status, found = asked(capsys)
     assert (status, found["problems"]) == (0, [])
     assert [seam["seam"] for seam in found["seams"]] == list(SEAMS)
-    assert [(d["feature"], d["active"]) for d in found["decisions"]] == [("scheduler", True)]
+    decisions = {d["feature"]: (d["active"], d["reason"]) for d in found["decisions"]}
+    assert decisions["scheduler"][0]
+    assert decisions["service"] == (
+        False,
+        "service.routers and service.etcd name nobody to register with",
+    )
     assert found["settings"]["scheduler.tpot_ms"] == [100.0, "default"]
     assert found["environment"]["vllm"]
+
+
+def test_secrets_are_shown_to_nobody(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLLM_SERVICE_TOKEN", "hush")
+    _, found = asked(capsys)
+    assert "service.beat_s" in found["settings"]
+    assert "service.token" not in found["settings"]
+    assert "hush" not in str(found)
 
 
 def test_people_read_the_same_findings_as_text(capsys: pytest.CaptureFixture[str]) -> None:

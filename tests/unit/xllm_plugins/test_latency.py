@@ -56,6 +56,11 @@ def worst_error(time: StepTime, true: StepTime = TRUE, scale: float = 1.0) -> fl
     return max(abs(time.step_ms(s) / (scale * true.step_ms(s)) - 1.0) for s in steps(200, seed=99))
 
 
+def test_one_more_token_of_a_prompt_is_no_decode() -> None:
+    shape = StepShape().with_chunk(16, 0).with_chunk(1, 16, more=True)
+    assert (shape.prefill_tokens, shape.decodes, shape.decode_context) == (17, 0, 0)
+
+
 def test_a_shape_sums_prefill_and_decode_terms() -> None:
     shape = shape_of((100, 1000), (50, 0), (1, 300), (1, 500), (0, 900))
     assert shape.prefill_tokens == 100 + 50

@@ -18,15 +18,18 @@ def xllm_policies():
 """
 
 
-def test_our_scheduler_is_there_and_nothing_failed() -> None:
-    assert "scheduler" in registry().features()
+OURS = ("scheduler", "service")
+
+
+def test_our_features_are_there_and_nothing_failed() -> None:
+    assert tuple(registry().features()) == OURS
     assert registry().sections()["scheduler"].__name__ == "SchedulerSection"
     assert registry().failed == {}
 
 
 def test_a_strangers_feature_stands_beside_ours(install: Install) -> None:
     install("oven", {"xllm_plugins": {"oven": "oven_p"}}, {"oven_p": feature_module("oven")})
-    assert list(registry().features()) == ["oven", "scheduler"]
+    assert list(registry().features()) == ["oven", *OURS]
     assert registry().sections()["oven"].__name__ == "OvenSection"
 
 
@@ -65,7 +68,7 @@ def test_a_plugin_that_cannot_be_loaded_is_recorded_and_hurts_nobody(
     install("zoo", {"xllm_plugins": {"zoo": "zoo_p"}}, {"zoo_p": feature_module("zoo")})
     assert registry().failed.keys() == {"bad"}
     assert registry().failed["bad"].startswith(error)
-    assert list(registry().features()) == ["scheduler", "zoo"]
+    assert list(registry().features()) == [*OURS, "zoo"]
 
 
 def test_a_second_plugin_of_one_name_does_not_push_the_first_out(install: Install) -> None:

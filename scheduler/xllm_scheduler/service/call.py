@@ -1,0 +1,137 @@
+"""A client's request on its way, and what of it each hop is sent: bodies and headers; pure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from xllm_kv.index import Prompt
+from xllm_scheduler.classes import Service
+from xllm_scheduler.service.peek import Peek
+from xllm_scheduler.service.relay import Stream
+from xllm_scheduler.service.routing import RequestView
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+_HOP = frozenset(
+    {b"host", b"content-length", b"connection", b"transfer-encoding", b"keep-alive",
+     b"accept-encoding", b"x-request-id"}
+)  # fmt: skip
+_ANSWER_HOP = frozenset(
+    {"connection", "transfer-encoding", "keep-alive", "content-length", "date", "server",
+     "x-request-id"}
+)  # fmt: skip
+
+
+@dataclass
+class Call:
+    """A request on its way.
+
+    Attributes:
+        path: where it goes, with the query.
+        headers: for the instances.
+        body: as it came.
+        peek: what was read of it.
+        service: its class and SLOs.
+        view: what policies see.
+        prompt: its tokens, if they are known.
+        began_s: when it came.
+        stream: what came of its answer; None if it is not streamed.
+        failed: the instances that failed it.
+        lost: the instance that was given up while it had the request; "" for none.
+        first_s: when the first of the answer came.
+        tokens: of the answer.
+        status: of the answer; 0 before it.
+    """
+
+    path: str
+    headers: list[tuple[str, str]]
+    body: bytes
+    peek: Peek
+    service: Service
+    view: RequestView
+    prompt: Prompt | None = None
+    began_s: float = 0.0
+    stream: Stream | None = None
+    failed: list[str] = field(default_factory=list)
+    lost: str = ""
+    first_s: float | None = None
+    tokens: int = 0
+    status: int = 0
+
+    @property
+    def movable(self) -> bool:
+        """Whether its answer is asked for with token ids, to go on elsewhere."""
+        return self.stream is not None and self.path.partition("?")[0] in (CHAT, COMPLETIONS)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether its prompt can be computed at one instance and its answer at another one."""
+        plain = self.peek.n in (None, 1) and not self.peek.prompt_logprobs
+        return plain and self.path.partition("?")[0] in (CHAT, COMPLETIONS)
+
+
+def prefill_body(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked of the instance that only computes the prompt, as vLLM's NIXL connector wants.
+
+    Args:
+        asked: the client's body.
+    """
+    made = {k: v for k, v in asked.items() if k not in ("stream_options", "min_tokens")}
+    names = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port")
+    params = {"do_remote_decode": True, "do_remote_prefill": False, **dict.fromkeys(names)}
+    made |= {"stream": False, "max_tokens": 1, "return_token_ids": True}
+    made["kv_transfer_params"] = {**(asked.get("kv_transfer_params") or {}), **params}
+    if "max_completion_tokens" in made:
+        made["max_completion_tokens"] = 1
+    return made
+
+
+def prompt_tokens_of(answer: Mapping[str, Any]) -> Sequence[int]:
+    """The prompt's tokens as an answer tells them; empty if it does not."""
+    if answer.get("prompt_token_ids"):
+        tokens: Sequence[int] = answer["prompt_token_ids"]
+        return tokens
+    choices = answer.get("choices") or [{}]
+    return choices[0].get("prompt_token_ids") or ()
+
+
+def sent_headers(
+    headers: Iterable[tuple[bytes, bytes]], request_id: str, key: str
+) -> list[tuple[str, str]]:
+    """What an instance gets of a client's headers.
+
+    Args:
+        headers: the client's.
+        request_id: the request's.
+        key: what instances want in place of the client's own key; "" to pass that on.
+    """
+    made = [
+        (name.decode("latin-1"), value.decode("latin-1"))
+        for name, value in headers
+        if name not in _HOP and not (name == b"authorization" and key)
+    ]
+    made.append(("x-request-id", request_id))
+    if key:
+        made.append(("authorization", f"Bearer {key}"))
+    return made
+
+
+def answer_headers(headers: Mapping[str, str], request_id: str) -> list[tuple[bytes, bytes]]:
+    """What a client gets of an instance's headers."""
+    made = [
+        (name.lower().encode("latin-1"), value.encode("latin-1"))
+        for name, value in headers.items()
+        if name.lower() not in _ANSWER_HOP
+    ]
+    return [*made, (b"x-request-id", request_id.encode("latin-1"))]
+
+
+def completion_tokens(data: bytes) -> int:
+    """How many tokens an answer that is not streamed says that it has; 0 if it does not."""
+    start = data.rfind(b'"completion_tokens":')
+    if start < 0:
+        return 0
+    digits = bytes(itertools.takewhile(lambda c: chr(c).isdigit(), data[start + 20 : start + 32]))
+    return int(digits or 0)

@@ -1,0 +1,437 @@
+"""Takes a client's request to instances and the answer back: route, send, relay, send on.
+
+An ASGI application for the paths that generate. Before the first byte has gone to the client a
+request may be sent again, elsewhere; after it, the answer goes on at another instance, if nothing
+forbids that, from the tokens that the client already has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import math
+import random
+import sys
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Awaitable
+from typing import Any
+
+import aiohttp
+
+from xllm_plugins.compat.request_class import RefusalError, Said
+from xllm_scheduler.classes import classify, complete_xargs
+from xllm_scheduler.config import SchedulerSection
+from xllm_scheduler.service.breaker import Backoff
+from xllm_scheduler.service.call import (
+    CHAT,
+    COMPLETIONS,
+    Call,
+    answer_headers,
+    completion_tokens,
+    prefill_body,
+    prompt_tokens_of,
+    sent_headers,
+)
+from xllm_scheduler.service.config import RouterSection
+from xllm_scheduler.service.errors import (
+    ApiError,
+    no_model,
+    not_allowed,
+    overloaded,
+    unauthorized,
+    unavailable,
+)
+from xllm_scheduler.service.exchange import (
+    ClientGoneError,
+    Collected,
+    Exchange,
+    Message,
+    Receive,
+    Send,
+    unless_gone,
+)
+from xllm_scheduler.service.fleet import Fleet
+from xllm_scheduler.service.peek import peek
+from xllm_scheduler.service.relay import Stream, reason_to_stay, resumed_body, with_token_ids
+from xllm_scheduler.service.routing import RequestView, Route
+from xllm_scheduler.service.seen import Seen
+from xllm_scheduler.service.tokens import Tokens
+from xllm_scheduler.service.waiting import done_within
+
+GENERATES = (CHAT, COMPLETIONS, "/v1/responses", "/v1/messages", "/v1/embeddings")
+_BUSY = frozenset({408, 429})  # no fault of an instance
+_AGAIN = frozenset({*_BUSY, 500, 502, 503, 504})
+_TOKEN_BYTES = 4  # of a prompt that is not tokenised
+_UNKNOWN_TOKENS = 1 << 16  # of an answer without a limit
+
+
+class UpstreamError(Exception):
+    """An instance did not answer, or broke off; another one may.
+
+    Attributes:
+        instance: which.
+        status: what it answered with; 0 if it did not.
+        body: of such an answer.
+    """
+
+    def __init__(self, instance: str, what: str, status: int = 0, body: bytes = b"") -> None:
+        super().__init__(what)
+        self.instance, self.status, self.body = instance, status, body
+
+
+class Gateway:
+    """See the module.
+
+    Args:
+        fleet: decides.
+        section: the router's settings.
+        classes: settings of class and SLOs.
+        tokens: tokenises prompts.
+        seen: is told what happened.
+        session: to the instances.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        section: RouterSection,
+        classes: SchedulerSection,
+        tokens: Tokens,
+        seen: Seen,
+        session: aiohttp.ClientSession,
+    ) -> None:
+        self._fleet, self._section, self._classes = fleet, section, classes
+        self._tokens, self._seen, self._session = tokens, seen, session
+        self._backoff = Backoff()
+        self._rng = random.Random()  # noqa: S311 - jitter
+        self._keys = frozenset(filter(None, section.api_keys.split(",")))
+        self._under_way = 0
+        self._at: defaultdict[str, dict[str, tuple[Call, asyncio.Task[Any]]]] = defaultdict(dict)
+        # Of the offline requests that wait for room, one of each model looks for it.
+        self._offline_turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.changed = asyncio.Event()  # an instance has come or is free again
+
+    def lose(self, instance: str) -> None:
+        """An instance is given up: what it has under way is sent elsewhere."""
+        for call, task in list(self._at[instance].values()):
+            call.lost = instance
+            task.cancel()
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serve one request of a client."""
+        exchange = Exchange(scope, receive, send)
+        await self._answered(exchange, self._admitted(exchange))
+
+    async def ask(self, path: str, body: bytes) -> tuple[int, bytes]:
+        """Serve a request of our own; status and body of the answer."""
+        exchange = Collected(path, body)
+        await self._answered(exchange, self._own(exchange))
+        return exchange.status, exchange.answer
+
+    async def _own(self, exchange: Exchange) -> None:
+        await self._serve(await self._call(exchange), exchange)
+
+    async def _answered(self, exchange: Exchange, work: Awaitable[None]) -> None:
+        """Do it, and answer with an error if it ends in one."""
+        try:
+            await work
+        except ApiError as error:
+            self._seen.refused(error.status)
+            await exchange.fail(error)
+        except RefusalError as refusal:
+            self._seen.refused(400)
+            await exchange.fail(ApiError(400, str(refusal), param=refusal.param))
+        except ClientGoneError:
+            return
+
+    async def _admitted(self, exchange: Exchange) -> None:
+        if exchange.method != "POST":
+            raise not_allowed(exchange.method)
+        if self._keys and _key_of(exchange) not in self._keys:
+            raise unauthorized()
+        if self._under_way >= self._section.most_requests:
+            raise overloaded(
+                f"{self._under_way} requests are under way, which is as many as are allowed."
+            )
+        self._under_way += 1
+        try:
+            call = await self._call(exchange)
+            if not await unless_gone(exchange, self._serve(call, exchange)):
+                self._fleet.dropped(call.view.request_id)
+                self._seen.gone(call.service.online)
+        finally:
+            self._under_way -= 1
+
+    async def _call(self, exchange: Exchange) -> Call:
+        now_s = time.monotonic()
+        body = await exchange.body(self._section.most_body_bytes)
+        what = peek(body)
+        said = Said(what.vllm_xargs or {}, what.service_tier, exchange.headers)
+        filled, _ = complete_xargs(said, self._classes)
+        service = classify(filled, what.priority or 0, self._classes)
+        self._known_model(what.model)
+        request_id = exchange.headers.get("x-request-id") or uuid.uuid4().hex
+        if self._fleet.is_under_way(request_id):  # clients need not be careful with names
+            request_id = f"{request_id}-{uuid.uuid4().hex[:8]}"
+        prompt = None
+        if self._fleet.routing.reads_cached:
+            prompt = await self._tokens.prompt(exchange.path, what)
+        view = RequestView(
+            request_id,
+            service.online,
+            len(prompt.tokens) if prompt else max(1, len(body) // _TOKEN_BYTES),
+            service.ttft_ms if service.online else math.inf,
+            service.tpot_ms if service.online else math.inf,
+            what.most_tokens or _UNKNOWN_TOKENS,
+            session=exchange.headers.get("x-session-id") or what.session_id or what.user or "",
+        )
+        path = exchange.path + (f"?{exchange.query.decode('latin-1')}" if exchange.query else "")
+        stream = Stream(strip=not what.return_token_ids) if what.stream else None
+        headers = sent_headers(exchange.raw_headers, request_id, self._section.instance_key)
+        return Call(path, headers, body, what, service, view, prompt, now_s, stream)
+
+    def _known_model(self, model: str) -> None:
+        members = self._fleet.registry.members.values()
+        if not model or not members or any(model in m.record.models for m in members):
+            return
+        raise no_model(model, sorted({name for m in members for name in m.record.models}))
+
+    async def _serve(self, call: Call, exchange: Exchange) -> None:
+        for attempt in itertools.count(1):
+            route = await self._place(call)
+            try:
+                await self._tried(call, route, exchange)
+            except UpstreamError as error:
+                self._note_failure(call, error)
+                if await self._ends(call, exchange, error, attempt):
+                    return
+                await asyncio.sleep(self._backoff.delay_s(attempt, self._rng))
+                continue
+            if call.status >= 400:
+                self._fleet.dropped(call.view.request_id)
+                self._seen.refused(call.status)
+                return
+            self._fleet.finished(call.view, call.tokens, time.monotonic())
+            self.changed.set()
+            self._seen.finished(call.service, call.began_s, call.first_s, call.tokens)
+            return
+
+    async def _tried(self, call: Call, route: Route, exchange: Exchange) -> None:
+        """Have it served, unless an instance that has it is given up."""
+        task = asyncio.current_task()
+        assert task is not None
+        names, request_id = {route.prefill, route.decode}, call.view.request_id
+        for name in names:
+            self._at[name][request_id] = (call, task)
+        try:
+            await self._once(call, route, exchange)
+        except asyncio.CancelledError:
+            if not call.lost:
+                raise
+            if sys.version_info >= (3, 11):
+                task.uncancel()
+            lost, call.lost = call.lost, ""
+            raise UpstreamError(lost, f"{lost} does not answer any more") from None
+        finally:
+            for name in names:
+                self._at[name].pop(request_id, None)
+
+    def _note_failure(self, call: Call, error: UpstreamError) -> None:
+        now_s = time.monotonic()
+        call.failed.append(error.instance)
+        self._seen.failed(error.instance)
+        if error.status in _BUSY:
+            self._fleet.dropped(call.view.request_id)
+            return
+        self._fleet.failed(call.view.request_id, error.instance, now_s)
+        if not error.status:
+            self._fleet.unanswered(error.instance, now_s)
+
+    async def _ends(
+        self, call: Call, exchange: Exchange, error: UpstreamError, attempt: int
+    ) -> bool:
+        """Whether a request that an instance failed is over; else it is ready to be sent again."""
+        stream = call.stream
+        if stream is not None and stream.started:
+            if stream.finished:
+                await exchange.end(b"data: [DONE]\n\n")
+                return True
+            stay = self._stays(call, stream)
+            if stay or attempt > self._section.retries:
+                why = stay or f"{attempt} instances failed it"
+                await exchange.fail(
+                    ApiError(502, f"{error}; the answer cannot go on: {why}.", "server_error")
+                )
+                return True
+            stream.resume()
+            self._seen.moved()
+            return False
+        if stream is not None:
+            stream.resume()
+        if attempt > self._section.retries:
+            if error.status:
+                await exchange.start(error.status, [(b"content-type", b"application/json")])
+                await exchange.end(error.body)
+                return True
+            raise ApiError(502, f"{error}, and neither did others.", "server_error")
+        return False
+
+    def _stays(self, call: Call, stream: Stream) -> str:
+        if not call.movable:
+            return f"{call.path} is not among those that can"
+        if not stream.prompt():
+            return "the instance did not tell the prompt's tokens"
+        if stream.called:
+            return "a tool call has begun"
+        return reason_to_stay(json.loads(call.body))
+
+    async def _place(self, call: Call) -> Route:
+        """A route, as soon as an instance accepts; for offline requests, as soon as one has room.
+
+        Raises:
+            ApiError: none does for as long as online requests may wait.
+        """
+        if call.service.online:
+            return await self._placed(call, self._section.queue_s)
+        async with self._offline_turns[call.peek.model]:
+            return await self._placed(call, math.inf)
+
+    async def _placed(self, call: Call, patience_s: float) -> Route:
+        until_s = time.monotonic() + patience_s
+        while True:
+            now_s = time.monotonic()
+            route = self._fleet.place(
+                call.view, now_s, prompt=call.prompt, model=call.peek.model, without=call.failed
+            )
+            if route is None and call.failed:
+                # Better one that has failed it once than none.
+                route = self._fleet.place(
+                    call.view, now_s, prompt=call.prompt, model=call.peek.model
+                )
+            if route is not None:
+                return route
+            if now_s >= until_s:
+                raise unavailable("No instance takes requests now.")
+            self.changed.clear()
+            await done_within(min(1.0, until_s - now_s), self.changed.wait())
+
+    async def _once(self, call: Call, route: Route, exchange: Exchange) -> None:
+        if call.stream is not None and call.stream.started:
+            body = self._rest(call, call.stream)
+        elif route.decode != route.prefill and call.divisible:
+            body = await self._prefilled(call, route)
+        elif call.movable:
+            body = with_token_ids(call.body)
+        else:
+            body = call.body
+        await self._relayed(call, route.decode, body, exchange)
+
+    def _rest(self, call: Call, stream: Stream) -> bytes:
+        chat = call.path.startswith(CHAT)
+        asked = json.loads(call.body)
+        made = resumed_body(asked, stream.prompt(), stream.delivered(), chat=chat)
+        return json.dumps(made).encode()
+
+    async def _prefilled(self, call: Call, route: Route) -> bytes:
+        """Have an instance compute the prompt; what is asked of the one that generates."""
+        asked = json.loads(call.body)
+        body = json.dumps(prefill_body(asked)).encode()
+        status, data = await self._whole(call, route.prefill, body)
+        if status != 200:
+            raise UpstreamError(route.prefill, f"{route.prefill} answered {status}", status, data)
+        answer = json.loads(data)
+        self._fleet.first_token(call.view.request_id)
+        params = answer.get("kv_transfer_params")
+        if params:
+            tokens = prompt_tokens_of(answer)
+            if tokens and call.path.startswith(CHAT):
+                params = {**params, "prompt_token_ids": tokens}
+            asked["kv_transfer_params"] = params
+        else:
+            self._fleet.cannot_transfer(route.prefill)
+        if call.movable:
+            asked.setdefault("return_token_ids", True)
+        return json.dumps(asked).encode()
+
+    async def _whole(self, call: Call, name: str, body: bytes) -> tuple[int, bytes]:
+        try:
+            url, headers = self._url(name, call.path), self._headers_at(call, name)
+            async with self._session.post(url, data=body, headers=headers) as response:
+                return response.status, await response.read()
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+            raise UpstreamError(name, f"{name} did not answer ({_named(error)})") from error
+
+    async def _relayed(self, call: Call, name: str, body: bytes, exchange: Exchange) -> None:
+        try:
+            url, headers = self._url(name, call.path), self._headers_at(call, name)
+            async with self._session.post(url, data=body, headers=headers) as response:
+                if response.status in _AGAIN:
+                    data = await response.read()
+                    what = f"{name} answered {response.status}"
+                    raise UpstreamError(name, what, response.status, data)
+                call.status = response.status
+                if call.stream is None or response.content_type != "text/event-stream":
+                    data = await response.read()
+                    call.tokens = completion_tokens(data)
+                    await _begun(exchange, response, call)
+                    await exchange.end(data)
+                    return
+                await self._streamed(call, call.stream, name, response, exchange)
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+            raise UpstreamError(name, f"{name} did not answer ({_named(error)})") from error
+
+    async def _streamed(
+        self,
+        call: Call,
+        stream: Stream,
+        name: str,
+        response: aiohttp.ClientResponse,
+        exchange: Exchange,
+    ) -> None:
+        if not exchange.started:
+            await _begun(exchange, response, call)
+        async for data in response.content.iter_any():
+            out = stream.feed(data)
+            if out:
+                if call.first_s is None:
+                    call.first_s = time.monotonic()
+                    self._fleet.first_token(call.view.request_id)
+                await exchange.write(out)
+            if stream.error:
+                raise UpstreamError(name, f"{name} failed in its answer", 500)
+        # Anthropic's and Responses' streams have an end of their own, and no [DONE].
+        if not stream.done and call.movable:
+            raise UpstreamError(name, f"{name} broke off")
+        call.tokens = stream.tokens
+        await exchange.end()
+
+    def _headers_at(self, call: Call, name: str) -> list[tuple[str, str]]:
+        """With the data-parallel rank, where the instance has several."""
+        decision = self._fleet.decision(call.view.request_id)
+        rank = decision.ranks.get(name) if decision else None
+        if rank is None:
+            return call.headers
+        return [*call.headers, ("x-data-parallel-rank", str(rank))]
+
+    def _url(self, name: str, path: str) -> str:
+        member = self._fleet.registry.members.get(name)
+        if member is None:
+            raise UpstreamError(name, f"{name} has gone")
+        return member.record.url + path
+
+
+async def _begun(exchange: Exchange, response: aiohttp.ClientResponse, call: Call) -> None:
+    headers = answer_headers(response.headers, call.view.request_id)
+    await exchange.start(response.status, headers)
+
+
+def _key_of(exchange: Exchange) -> str:
+    bearer = exchange.headers.get("authorization", "")
+    return bearer.removeprefix("Bearer ") or exchange.headers.get("x-api-key", "")
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,265 @@
+"""One streamed answer on its way to its client, and how it goes on at another instance; pure.
+
+The instance is asked for token ids beside the text. They are cut out of what the client gets, by
+their position in the bytes, so that a chunk is parsed only after an instance has failed. Only whole
+events are passed on, so what the client has seen is always a whole number of tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_END = b"\n\n"
+_DONE = b"data: [DONE]"
+_ERROR = b'data: {"error":'
+# Quotes within a JSON string are escaped, so these can only be keys.
+_IDS = b',"token_ids":['
+_NO_IDS = b',"token_ids":null'
+_PROMPT_IDS = b',"prompt_token_ids":['
+_NO_PROMPT_IDS = b',"prompt_token_ids":null'
+_CALLS = b'"tool_calls":[{'
+
+
+def with_token_ids(body: bytes) -> bytes:
+    """A request's JSON that asks for token ids, unless it says something of them itself.
+
+    A key that stands twice counts the last time, so what the client wrote wins.
+    """
+    start = body.find(b"{") + 1
+    rest = body[start:]
+    comma = b"" if rest.lstrip().startswith(b"}") else b","
+    return b'{"return_token_ids":true' + comma + rest
+
+
+class Stream:
+    """What came of an answer so far.
+
+    Args:
+        strip: whether token ids are to be cut out; False if the client asked for them.
+
+    Attributes:
+        done: whether the answer is complete.
+        finished: whether its last token has come.
+        error: the event in which the instance said that it failed; empty if it did not.
+        events: how many were passed on.
+        called: whether a tool call has begun.
+    """
+
+    def __init__(self, *, strip: bool = True) -> None:
+        self.done = self.finished = self.called = False
+        self.error = b""
+        self.events = 0
+        self._strip = strip
+        self._rest = b""
+        self._ids: list[bytes] = []  # of each event that had some, as they stood there
+        self._kept_ids = 0  # those up to the last event with text
+        self._prompt_ids = b""
+        self._first: bytes = b""
+        self._resumed_after = -1  # tokens that were delivered before it went on elsewhere
+
+    def feed(self, data: bytes) -> bytes:
+        """Take in bytes of the instance; returns those for the client, whole events only."""
+        whole, end, rest = (self._rest + data).rpartition(_END)
+        self._rest = rest
+        if not end:
+            return b""
+        out = []
+        for event in whole.split(_END):
+            if event.startswith(_ERROR):
+                self.error = event + _END
+                break
+            made = self._resumed(event) if self._resumed_after >= 0 else self._event(event)
+            if made:
+                out.append(made)
+        self.events += len(out)
+        return b"".join(out)
+
+    @property
+    def started(self) -> bool:
+        """Whether the client has been sent anything."""
+        return self.events > 0
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens came, as far as the instances told."""
+        return sum(ids.count(b",") + 1 for ids in self._ids)
+
+    def delivered(self) -> list[int]:
+        """The tokens that the client has got, without those at the end that had no text yet."""
+        return [
+            int(part) for ids in self._ids[: self._kept_ids] for part in ids.split(b",") if part
+        ]
+
+    def prompt(self) -> list[int]:
+        """The prompt's tokens; empty if the instance has not told them."""
+        return [int(part) for part in self._prompt_ids.split(b",") if part]
+
+    def resume(self) -> None:
+        """The instance is lost; what is still to come will come from another one, as a new answer.
+
+        What came of an event that is not whole is dropped.
+        """
+        self._rest = self.error = b""
+        if not self.started:
+            return
+        del self._ids[self._kept_ids :]
+        self._resumed_after = len(self.delivered())
+
+    def _event(self, event: bytes) -> bytes:
+        if event.startswith(_DONE):
+            self.done = True
+            return event + _END
+        if not self._first:
+            self._first = event
+        self.finished = self.finished or b'"finish_reason":"' in event
+        self.called = self.called or _CALLS in event
+        made, ids = _cut(event, _IDS, self._strip)
+        if ids:
+            self._ids.append(ids)
+            if _has_text(event):
+                self._kept_ids = len(self._ids)
+        elif self._strip:
+            made = made.replace(_NO_IDS, b"")
+        if not self._prompt_ids:
+            made, self._prompt_ids = _cut(made, _PROMPT_IDS, self._strip)
+        if self._strip:
+            made = made.replace(_NO_PROMPT_IDS, b"")
+        return made + _END
+
+    def _resumed(self, event: bytes) -> bytes:
+        """An event of another instance, as if the first one had gone on."""
+        if event.startswith(_DONE):
+            self.done = True
+            return event + _END
+        if not event.startswith(b"data: "):
+            return event + _END
+        chunk = json.loads(event[6:])
+        first = json.loads(self._first[6:]) if self._first.startswith(b"data: ") else {}
+        for name in ("id", "created", "model"):
+            if name in first:
+                chunk[name] = first[name]
+        chunk.pop("prompt_token_ids", None)
+        text = False
+        for choice in chunk.get("choices", ()):
+            ids = choice.pop("token_ids", None) if self._strip else choice.get("token_ids")
+            delta = choice.get("delta", {})
+            if delta.get("role") and not delta.get("content") and not choice.get("finish_reason"):
+                return b""  # the answer's head, which the client has
+            delta.pop("role", None)
+            text = text or bool(choice.get("text") or any(delta.values()))
+            if ids:
+                self._ids.append(",".join(map(str, ids)).encode())
+            self.finished = self.finished or bool(choice.get("finish_reason"))
+            self.called = self.called or bool(delta.get("tool_calls"))
+        if text:
+            self._kept_ids = len(self._ids)
+        _correct_usage(chunk.get("usage"), self._resumed_after)
+        return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + _END
+
+
+def _cut(event: bytes, key: bytes, strip: bool) -> tuple[bytes, bytes]:
+    """The event without a key's list of numbers, and what stood in the list."""
+    start = event.find(key)
+    if start < 0:
+        return event, b""
+    end = event.index(b"]", start)
+    ids = event[start + len(key) : end]
+    return (event[:start] + event[end + 1 :] if strip else event), ids
+
+
+def _has_text(event: bytes) -> bool:
+    return b'"content":""' not in event and b'"text":""' not in event and b'"delta":{}' not in event
+
+
+def _correct_usage(usage: Any, delivered: int) -> None:
+    """Tokens that were delivered before stood in the new answer's prompt; count them as answer."""
+    if isinstance(usage, dict) and "prompt_tokens" in usage:
+        usage["prompt_tokens"] -= delivered
+        usage["completion_tokens"] = usage.get("completion_tokens", 0) + delivered
+
+
+_GUIDED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+_UNIT = {
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1,
+    "n": 1,
+    "best_of": 1,
+}
+
+
+def reason_to_stay(body: Mapping[str, Any]) -> str:
+    """Why an answer cannot go on elsewhere; empty if it can.
+
+    Tokens that are sent again become prompt, so what depends on where the answer began would come
+    out differently. An answer with tools can go on as long as no call has begun: the instance holds
+    a call's beginning back, so that it is not among the tokens that are sent again.
+    """
+    for name, usual in _UNIT.items():
+        if body.get(name) not in (None, usual):
+            return f"{name} is {body[name]!r}"
+    named = next((name for name in _GUIDED if body.get(name)), "")
+    if named:
+        return f"{named} keeps a state"
+    kind = (body.get("response_format") or {}).get("type", "text")
+    if kind != "text":
+        return f"response_format {kind} keeps a state"
+    for name in ("seed", "logprobs", "prompt_logprobs", "stop", "bad_words", "suffix"):
+        value = body.get(name)
+        if not (value is None or value is False or value in ([], "")):
+            return f"{name} is set"
+    choice = body.get("tool_choice")
+    if body.get("tools") and choice not in (None, "auto", "none"):
+        return f"tool_choice {choice!r} keeps a state"
+    if body.get("include_reasoning") is False:
+        return "include_reasoning is False, so some of its tokens are not told"
+    for name in ("use_beam_search", "echo"):
+        if body.get(name):
+            return f"{name} is set"
+    if has_media(body):
+        return "its prompt has more than text"
+    return ""
+
+
+def has_media(body: Mapping[str, Any]) -> bool:
+    """Whether a chat's messages hold more than text."""
+    for message in body.get("messages") or ():
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list) and any(
+            not isinstance(part, dict) or part.get("type") not in ("text", "input_text")
+            for part in content
+        ):
+            return True
+    return False
+
+
+def resumed_body(
+    body: Mapping[str, Any], prompt: list[int], delivered: list[int], *, chat: bool
+) -> dict[str, Any]:
+    """What is asked of the next instance, so that the answer goes on after ``delivered``.
+
+    Args:
+        body: what the client asked.
+        prompt: its prompt's tokens.
+        delivered: the answer's tokens that the client has.
+        chat: whether it is a chat; those carry token ids beside their messages.
+    """
+    made = dict(body)
+    tokens = [*prompt, *delivered]
+    if chat:
+        params = {
+            k: v for k, v in (body.get("kv_transfer_params") or {}).items() if "remote" not in k
+        }
+        made["kv_transfer_params"] = {**params, "prompt_token_ids": tokens}
+    else:
+        made["prompt"] = tokens
+        made.pop("kv_transfer_params", None)
+    for name in ("max_tokens", "max_completion_tokens"):
+        if made.get(name) is not None:
+            made[name] -= len(delivered)
+    if made.get("min_tokens"):
+        made["min_tokens"] = max(0, made["min_tokens"] - len(delivered))
+    made["return_token_ids"] = True
+    return made

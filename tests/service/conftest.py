@@ -1,0 +1,132 @@
+"""Routers and stand-in engines on real sockets, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import pytest
+import uvicorn
+from aiohttp import web
+
+from benchmarks.lab.stub_engine import StubEngine
+from xllm_scheduler.config import SchedulerSection
+from xllm_scheduler.service.app import build
+from xllm_scheduler.service.config import RouterSection
+
+TOKEN = "admin"
+MODEL = "stub"
+
+
+@dataclass
+class Stub:
+    """A stand-in engine that answers."""
+
+    engine: StubEngine
+    url: str
+    runner: web.AppRunner
+
+    async def dies(self) -> None:
+        """Break every connection and answer no more, as a killed process."""
+        server = self.runner.server
+        assert server is not None
+        for connection in list(server.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        await self.runner.cleanup()
+
+
+@dataclass
+class Router:
+    """A router that answers, and a client of it."""
+
+    url: str
+    session: aiohttp.ClientSession
+
+    async def ask(
+        self, path: str, body: Any, *, status: int = 200, headers: dict[str, str] | None = None
+    ) -> Any:
+        """The JSON that it answers with."""
+        kind = {"data": body} if isinstance(body, bytes) else {"json": body}
+        async with self.session.post(self.url + path, headers=headers, **kind) as answer:
+            found = await answer.json(content_type=None)
+            assert answer.status == status, found
+            return found
+
+    async def stream(self, path: str, body: dict[str, Any]) -> bytes:
+        """The bytes of a streamed answer."""
+        async with self.session.post(self.url + path, json={**body, "stream": True}) as answer:
+            assert answer.status == 200
+            return await answer.read()
+
+    async def admin(self, method: str, path: str, *, status: int = 200, **more: Any) -> Any:
+        """An admin call."""
+        headers = {"authorization": f"Bearer {TOKEN}"}
+        call = self.session.request(method, self.url + "/xllm/v1" + path, headers=headers, **more)
+        async with call as answer:
+            found = await answer.json(content_type=None)
+            assert answer.status == status, found
+            return found
+
+    async def status(self) -> Any:
+        """What everybody may see."""
+        async with self.session.get(self.url + "/xllm/v1/status") as answer:
+            return await answer.json()
+
+    async def joined(self, count: int) -> None:
+        """Wait for instances."""
+        while len((await self.status())["instances"]) < count:
+            await asyncio.sleep(0.02)
+
+
+Stubs = Callable[..., Any]
+
+
+@pytest.fixture
+async def stub() -> AsyncIterator[Stubs]:
+    """Starts stand-in engines."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(token_ms: float = 0.0, prompt_ms: float = 0.0, port: int = 0) -> Stub:
+            engine = StubEngine(MODEL, token_ms, prompt_ms)
+            runner = web.AppRunner(engine.app(), shutdown_timeout=0.1, handler_cancellation=True)
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            await web.TCPSite(runner, "127.0.0.1", port).start()
+            return Stub(engine, f"http://127.0.0.1:{runner.addresses[0][1]}", runner)
+
+        yield start
+
+
+@pytest.fixture
+async def router() -> AsyncIterator[Callable[..., Any]]:
+    """Starts routers over instances."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(*stubs: Stub, wait: bool = True, **settings: Any) -> Router:
+            urls = ",".join(stub.url for stub in stubs)
+            usual = {"routing": "round_robin", "probe_s": 0.1, "admin_token": TOKEN}
+            section = RouterSection(**{**usual, "instances": urls, **settings})
+            app = build(section, SchedulerSection())
+            server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on"))
+            task = asyncio.create_task(server.serve())
+
+            async def stop() -> None:
+                server.should_exit = True
+                await task
+
+            stack.push_async_callback(stop)
+            while not server.started:
+                await asyncio.sleep(0.01)
+            port = server.servers[0].sockets[0].getsockname()[1]
+            session = await stack.enter_async_context(aiohttp.ClientSession())
+            made = Router(f"http://127.0.0.1:{port}", session)
+            if wait:
+                await asyncio.wait_for(made.joined(len(stubs)), 10)
+            return made
+
+        yield start
