@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch, ZmqEventPublisher
 
+from benchmarks.lab.server import free_port
 from xllm_kv.index import Prompt
 from xllm_scheduler.service.fleet import Fleet
 from xllm_scheduler.service.kv_feed import KvFeed
@@ -19,13 +19,6 @@ from xllm_scheduler.service.staged import round_robin
 
 SIZE = 4
 TOKENS = list(range(16))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Engine:
