@@ -183,6 +183,8 @@ def _apart(router: RouterProcess, client: OpenAI, servers: list[Server]) -> None
     for name in names:
         role = "prefill" if name == names[0] else "decode"
         router.call("PUT", f"/xllm/v1/instances/{name}/role?role={role}")
+    # The roles alone shall decide: on a busy machine it may be predicted not to pay.
+    router.call("PUT", "/xllm/v1/settings", {"routing": "least_loaded"})
     messages: Any = [{"role": "user", "content": STORY}]
     whole = servers[0].ask(STORY, max_tokens=24, model=MODEL)
     apart = client.chat.completions.create(
@@ -190,6 +192,7 @@ def _apart(router: RouterProcess, client: OpenAI, servers: list[Server]) -> None
         extra_headers={"x-request-id": "apart"},
     )  # fmt: skip
     taken = router.call("GET", "/xllm/v1/requests/apart")["route"]
+    router.call("PUT", "/xllm/v1/settings", {"routing": "slo_aware"})
     if apart.choices[0].message.content != whole:
         raise SystemExit("computed apart, the answer is another one")
     if taken["prefill"] == taken["decode"]:

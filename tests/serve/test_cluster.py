@@ -12,10 +12,9 @@ import pytest
 from benchmarks.lab.model import ROOT
 
 pytestmark = pytest.mark.serve
-_LIMIT_S = 540.0
+_LIMIT_S = 800.0
 
 
-@pytest.mark.timeout(600)
 def test_the_cluster_example_shows_all_that_it_promises(model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "examples.cluster.run", "--instances", "2", "--once"]
     shown = tmp_path / "shown"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import socket
 from typing import Any
 
 import pytest
 
+from benchmarks.lab.server import free_port
 from benchmarks.lab.stub_engine import generated, text_of, tokens_of
 from tests.service.conftest import MODEL
 
@@ -400,9 +400,7 @@ async def test_a_listed_instance_that_was_gone_for_long_comes_back(stub: Any, ro
 
 
 async def test_an_instance_that_is_listed_joins_when_it_is_there(stub: Any, router: Any) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    port = free_port()
     url = await router(instances=f"http://127.0.0.1:{port}", wait=False)
     assert (await url.status())["instances"] == []
     await stub(port=port)
