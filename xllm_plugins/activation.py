@@ -100,7 +100,7 @@ def allow_list(current: str | None) -> str:
 
 def activate() -> None:
     """Install what a chosen plugin needs in this process; may be called again."""
-    engine_config.install(attach_features)
+    engine_config.install(prepared_arguments, attach_features)
     engine_status.install(engine_state, tell_feature)
 
 
@@ -166,6 +166,32 @@ def current_selection() -> Selection:
     if text is None:
         raise ConfigError("--xllm-config needs --plugins; allowed is --plugins xllm, for example.")
     return parse_selection(text, registry().features())
+
+
+def prepared_arguments(engine_args: Any) -> dict[str, Any]:
+    """What the selected features change in the user's arguments before vLLM builds on them.
+
+    A feature that cannot work here changes nothing, and says why when it is attached.
+
+    Raises:
+        ConfigError: a setting cannot be used.
+    """
+    selection = current_selection()
+    additional = engine_args.additional_config
+    settings = load_settings(
+        additional.get(SETTINGS_KEY, {}) if isinstance(additional, Mapping) else {}
+    )
+    changes: dict[str, Any] = {}
+    for feature in registry().features().values():
+        section = settings.sections[feature.name]
+        if feature.prepare is None or standing_reason(feature, section, selection):
+            continue
+        if all(inspect_seam(seam).holds for seam in feature.seams):
+            try:
+                changes |= feature.prepare(engine_args, section)
+            except NotAvailableError as error:
+                logger.debug("xllm.%s changes no argument: %s", feature.name, error)
+    return changes
 
 
 def attach_features(engine_args: Any, vllm_config: Any) -> None:

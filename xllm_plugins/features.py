@@ -44,6 +44,8 @@ class Feature:
         section: the dataclass of its settings.
         attach: changes ``vllm_config`` and returns what the feature attached to; raises
             ``NotAvailableError`` with the reason when it cannot or should not.
+        prepare: given the user's engine arguments and the section, the arguments that vLLM shall
+            build its configuration from instead; for what cannot be changed afterwards.
         check: looks at the settings alone and raises ``ConfigError`` if they name something that
             is not installed, ``NotAvailableError`` if by them the feature has nothing to do; also
             what ``xllm doctor`` asks.
@@ -62,6 +64,7 @@ class Feature:
     summary: str
     section: type[Section]
     attach: Callable[[Attachment], str]
+    prepare: Callable[[Any, Any], Mapping[str, Any]] | None = None
     check: Callable[[Any], None] = lambda section: None
     seams: tuple[str, ...] = ()
     metrics: tuple[Metric, ...] = ()

@@ -29,7 +29,7 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "vllm
         "xllm_scheduler.classes",
         "xllm_scheduler.config",
         "xllm_scheduler.engine.policy",
-        "xllm_scheduler.engine.steps",
+        "xllm_plugins.steps",
         "xllm_scheduler.plugin",
         "xllm_scheduler.service.app",
         "xllm_scheduler.service.fleet",

@@ -21,6 +21,8 @@ SEAMS = (
     "cli_option",
     "engine_config",
     "engine_status",
+    "kv_connector",
+    "kv_tiers",
     "request_class",
     "scheduler_levers",
     "target_platform",

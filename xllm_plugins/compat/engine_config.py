@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -18,13 +18,26 @@ SEAM = (
 )
 
 
-def install(attach: Callable[[Any, Any], None]) -> None:
-    """Call ``attach(engine_args, vllm_config)`` on every configuration that vLLM builds."""
+def install(
+    prepare: Callable[[Any], Mapping[str, Any]], attach: Callable[[Any, Any], None]
+) -> None:
+    """Take part in every configuration that vLLM builds.
+
+    Args:
+        prepare: given the engine arguments, those to build from instead, by name.
+        attach: given the engine arguments as the user gave them, and the finished configuration.
+    """
 
     def make(original: Any) -> Any:
         @functools.wraps(original)
         def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-            vllm_config = original(self, *args, **kwargs)
+            changes = prepare(self)
+            given = {name: getattr(self, name) for name in changes}
+            vars(self).update(changes)
+            try:
+                vllm_config = original(self, *args, **kwargs)
+            finally:
+                vars(self).update(given)
             attach(self, vllm_config)
             return vllm_config
 

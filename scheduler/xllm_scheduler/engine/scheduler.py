@@ -31,7 +31,7 @@ from xllm_scheduler.engine.books import Books, Demand, Served, due_s, is_online
 from xllm_scheduler.engine.policy import StepPlan, StepView
 from xllm_scheduler.engine.profiles import Profile, profile_key
 from xllm_scheduler.engine.queues import ClassQueue, DeadlineLane
-from xllm_scheduler.engine.steps import StepClock
+from xllm_plugins.steps import StepClock
 from xllm_scheduler.plugin import POLICY_KIND
 
 if TYPE_CHECKING:

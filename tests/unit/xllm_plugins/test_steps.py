@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from xllm_plugins.latency import StepShape, StepTime, StepTimeModel
-from xllm_scheduler.engine.steps import StepClock
+from xllm_plugins.steps import StepClock
 
 DECODE = StepShape().with_decodes(1, 100)
 TWO_DECODES = StepShape().with_decodes(2, 200)

@@ -1,0 +1,55 @@
+"""Settings of the global KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from xllm_plugins.config import Section, option
+
+
+class Transfer(str, Enum):
+    """How KV moves between instances."""
+
+    NONE = "none"
+    NIXL = "nixl"
+
+
+class Admission(str, Enum):
+    """What is kept of what has been computed."""
+
+    PREDICTED = "predicted"
+    SECOND_USE = "second_use"
+
+
+class Eviction(str, Enum):
+    """What host memory gives up."""
+
+    REUSE = "reuse"
+    LRU = "lru"
+    ARC = "arc"
+
+
+@dataclass(frozen=True)
+class KvSection(Section):
+    """The ``kv`` section."""
+
+    host_gib: float = option(
+        0.0, "host memory that keeps KV which the device gave up, GiB; 0 for none", at_least=0.0
+    )
+    disk: str = option("", "a directory for KV that host memory gave up; empty for none")
+    disk_gib: float = option(32.0, "how much of that disk, GiB", above=0.0)
+    transfer: Transfer = option(
+        Transfer.NONE, "how KV moves between instances: nixl, or none where they need not"
+    )
+    admission: Admission = option(
+        Admission.PREDICTED,
+        "what is kept: what is predicted to be used before what it would push out, or only what is "
+        "used for the second time",
+    )
+    eviction: Eviction = option(
+        Eviction.REUSE, "what host memory gives up: by predicted reuse, or vLLM's own lru or arc"
+    )
+    price: bool = option(
+        True, "fetch only what is predicted to take less time than computing it; false for always"
+    )

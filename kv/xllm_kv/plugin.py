@@ -1,0 +1,140 @@
+"""Registers the global KV cache, exactly as a third party's plugin would register its feature."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xllm_kv.config import KvSection, Transfer
+from xllm_kv.report import METRICS, report_of
+from xllm_plugins.compat import inspect_seam
+from xllm_plugins.config import Mode
+from xllm_plugins.errors import ConfigError, NotAvailableError
+from xllm_plugins.features import Attachment, Feature
+from xllm_plugins.hookspecs import hookimpl
+
+CONNECTOR, MODULE = "MultiConnector", "xllm_kv.connector"
+TIERS, TIERS_MODULE = "TiersConnector", "xllm_kv.tiers.connector"
+_GIB = 1 << 30
+_SHARED = Path("/dev/shm")  # noqa: S108 - where vLLM keeps what scheduler and workers share
+
+
+def check(section: KvSection) -> None:
+    """Refuse a disk without host memory before it; stand back where nothing is asked for."""
+    if section.disk and not section.host_gib:
+        raise ConfigError(
+            f"kv.disk is {section.disk!r} and kv.host_gib is 0; allowed is more than 0, since KV "
+            "comes and goes through host memory."
+        )
+    if not section.host_gib and section.transfer is Transfer.NONE:
+        raise NotAvailableError("neither kv.host_gib nor kv.transfer is set")
+
+
+def prepare(engine_args: Any, section: KvSection) -> Mapping[str, Any]:
+    """The arguments with our connector, over what the user gave where that is asked for."""
+    check(section)
+    own = engine_args.kv_transfer_config
+    if own is not None and section.mode is not Mode.ON:
+        raise NotAvailableError(
+            f"--kv-transfer-config with {own.kv_connector} is kept; kv.mode=on stands beside it"
+        )
+    if getattr(engine_args, "kv_offloading_size", None):
+        raise NotAvailableError("--kv-offloading-size is kept; kv.host_gib is what we would keep")
+    children = _own_children(own)
+    if section.transfer is Transfer.NIXL:
+        if importlib.util.find_spec("nixl") is None:
+            raise NotAvailableError("kv.transfer is nixl, which is not installed")
+        children.append({"kv_connector": "NixlConnector", "kv_role": "kv_both"})
+    if section.host_gib:
+        children.append(_tiers(section))
+    from vllm.config import KVTransferConfig
+
+    return {
+        "kv_transfer_config": KVTransferConfig(
+            kv_connector=CONNECTOR,
+            kv_connector_module_path=MODULE,
+            kv_role="kv_both",
+            kv_load_failure_policy="recompute",
+            kv_connector_extra_config={"connectors": children},
+        )
+    }
+
+
+def _own_children(own: Any) -> list[dict[str, Any]]:
+    if own is None:
+        return []
+    if own.kv_connector == CONNECTOR:
+        return list(own.kv_connector_extra_config["connectors"])
+    given = {f.name: getattr(own, f.name) for f in dataclasses.fields(own)}
+    # The engine id is the whole connector's.
+    return [{name: value for name, value in given.items() if name != "engine_id"}]
+
+
+def _tiers(section: KvSection) -> dict[str, Any]:
+    broken = inspect_seam("kv_tiers")
+    if not broken.holds:
+        raise NotAvailableError(f"seam kv_tiers does not hold: {broken.reason}")
+    wanted, free = int(section.host_gib * _GIB), shutil.disk_usage(_SHARED).free
+    if wanted > free:
+        raise NotAvailableError(
+            f"kv.host_gib is {section.host_gib:g}, and {_SHARED} has {free / _GIB:.1f} GiB free; "
+            "it is where vLLM shares host memory"
+        )
+    extra: dict[str, Any] = {
+        "spec_name": "TiersSpec",
+        "spec_module_path": "xllm_kv.tiers.spec",
+        "cpu_bytes_to_use": wanted,
+        "self_describing_kv_events": True,
+        "eviction_policy": section.eviction.value,
+        "xllm": {"admission": section.admission.value, "price": section.price},
+    }
+    if section.eviction.value == "reuse":
+        extra["eviction_policy"] = "ReuseCachePolicy"
+        extra["cache_policy_module_path"] = "xllm_kv.tiers.cache_policy"
+    if section.disk:
+        disk = {
+            "type": "DiskTier",
+            "module_path": "xllm_kv.tiers.disk",
+            "folder": str(Path(section.disk).expanduser().absolute()),
+            "capacity": int(section.disk_gib * _GIB),
+        }
+        extra["secondary_tiers"] = [disk]
+    return {
+        "kv_connector": TIERS,
+        "kv_connector_module_path": TIERS_MODULE,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": extra,
+    }
+
+
+def attach(attachment: Attachment) -> str:
+    """Say what vLLM built the connector of, or why it has none of ours."""
+    prepare(attachment.engine_args, attachment.section)  # type: ignore[arg-type]
+    config = attachment.vllm_config.kv_transfer_config
+    if config is None or config.kv_connector_module_path != MODULE:
+        raise NotAvailableError("vLLM's configuration was built without our connector")
+    children = config.kv_connector_extra_config["connectors"]
+    return " and ".join(child["kv_connector"] for child in children)
+
+
+FEATURE = Feature(
+    name="kv",
+    summary="KV that the device gives up is kept, and fetched where that beats computing it.",
+    section=KvSection,
+    prepare=prepare,
+    attach=attach,
+    check=check,
+    seams=("kv_connector",),
+    metrics=METRICS,
+    report=report_of,
+)
+
+
+@hookimpl
+def xllm_features() -> list[Feature]:
+    """The ``kv`` feature."""
+    return [FEATURE]

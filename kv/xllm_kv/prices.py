@@ -1,0 +1,186 @@
+"""Whether to fetch KV or to compute it: a tier's time for it, learned, against the prefill's.
+
+    fetch = latency + bytes / speed + bytes under way / speed        [ms]
+
+A tier's latency and speed are fitted to its last transfers, each counting for 0.8 of the next one.
+What is known to take longer than computing is not fetched, so a tier that turns slow is left alone
+by itself; now and then one block of it is fetched with nobody waiting, so that it comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+_FORGET = 0.8
+_MIB = 1 << 20
+_FIRST_MIB = (1.0, 64.0)  # a guess counts as two transfers of these sizes
+_PATIENCE = 2.0  # times the predicted fetch, before one that is late is given up
+_LEAST_PATIENCE_MS = 20.0
+PROBE_S = 5.0
+
+
+class Run(NamedTuple):
+    """Blocks of a prompt that follow each other and lie in one tier.
+
+    Attributes:
+        tier: its name.
+        tokens: that they hold.
+        kv_bytes: that would be moved.
+    """
+
+    tier: str
+    tokens: int
+    kv_bytes: int
+
+
+class Fetch(NamedTuple):
+    """What a request shall fetch.
+
+    Attributes:
+        tokens: from the first external hit on; 0 for none.
+        predicted_ms: how long that takes.
+        probe: a tier that was refused and of which a block shall be fetched in the background.
+    """
+
+    tokens: int
+    predicted_ms: float
+    probe: str | None = None
+
+    @property
+    def deadline_ms(self) -> float:
+        """After so long without it the request computes its prompt."""
+        return max(_LEAST_PATIENCE_MS, _PATIENCE * self.predicted_ms)
+
+
+@dataclass
+class TierCounts:
+    """What happened at one tier, for metrics: blocks' tokens, bytes, seconds."""
+
+    won_tokens: int = 0
+    refused_tokens: int = 0
+    late: int = 0
+    probes: int = 0
+    fetched_bytes: int = 0
+    fetch_s: float = 0.0
+    stored_bytes: int = 0
+    store_s: float = 0.0
+    errors: int = 0
+    evicted: int = 0
+
+
+@dataclass
+class _Line:
+    """Least squares of ms over MiB, exponentially weighted."""
+
+    guess_ms: float
+    guess_ms_per_mib: float
+    sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+
+    def __post_init__(self) -> None:
+        for mib in _FIRST_MIB:
+            self.add(mib, self.guess_ms + mib * self.guess_ms_per_mib)
+
+    def add(self, mib: float, ms: float) -> None:
+        for place, value in enumerate((1.0, mib, ms, mib * mib, mib * ms)):
+            self.sums[place] = _FORGET * self.sums[place] + value
+
+    def at(self, mib: float) -> float:
+        n, x, y, xx, xy = self.sums
+        spread = n * xx - x * x
+        slope = (n * xy - x * y) / spread if spread > 1e-9 * n * xx else y / x if x else 0.0
+        slope = min(max(slope, 0.0), y / x if x else 0.0)  # and no negative latency
+        return (y - slope * x) / n + slope * mib
+
+
+class Prices:
+    """Prices fetches from tiers.
+
+    Args:
+        guesses: by tier, a latency in ms and a speed in MiB per ms to begin with.
+    """
+
+    def __init__(self, guesses: Mapping[str, tuple[float, float]]) -> None:
+        self._lines = {t: _Line(ms, 1.0 / speed) for t, (ms, speed) in guesses.items()}
+        self._under_way = dict.fromkeys(guesses, 0)
+        self._tried_s = dict.fromkeys(guesses, float("-inf"))
+        self.counts = {tier: TierCounts() for tier in guesses}
+
+    def fetch_ms(self, tier: str, kv_bytes: int) -> float:
+        """How long a fetch takes that begins now."""
+        return self._lines[tier].at((kv_bytes + self._under_way[tier]) / _MIB)
+
+    def began(self, tier: str, kv_bytes: int) -> None:
+        """Note that a fetch has begun."""
+        self._under_way[tier] += kv_bytes
+
+    def ended(self, tier: str, kv_bytes: int, took_s: float, *, ok: bool = True) -> None:
+        """Note that a fetch has ended, and learn from it."""
+        self._under_way[tier] = max(0, self._under_way[tier] - kv_bytes)
+        counts = self.counts[tier]
+        if not ok:
+            counts.errors += 1
+            return
+        counts.fetched_bytes += kv_bytes
+        counts.fetch_s += took_s
+        self._lines[tier].add(kv_bytes / _MIB, took_s * 1e3)
+
+    def stored(self, tier: str, kv_bytes: int, took_s: float) -> None:
+        """Note that something was written."""
+        self.counts[tier].stored_bytes += kv_bytes
+        self.counts[tier].store_s += took_s
+
+    def late(self, tier: str, kv_bytes: int, waited_s: float) -> None:
+        """Note that a fetch was given up, which took at least as long as it was waited for."""
+        self.counts[tier].late += 1
+        self._lines[tier].add(kv_bytes / _MIB, waited_s * 1e3)
+
+    def choose(
+        self, runs: Sequence[Run], prefill_ms: Callable[[int], float], now_s: float
+    ) -> Fetch:
+        """How much to fetch of what lies in tiers: the part whose saving is the largest.
+
+        Args:
+            runs: from the first token on that the device does not hold.
+            prefill_ms: how long the first tokens of them take to compute.
+            now_s: the time.
+        """
+        best, best_ms, gain = 0, 0.0, 0.0
+        tokens, fetch_ms = 0, 0.0
+        for tier, run in _by_tier(runs):
+            tokens += run.tokens
+            fetch_ms += self.fetch_ms(tier, run.kv_bytes)
+            if prefill_ms(tokens) - fetch_ms > gain:
+                best, best_ms, gain = tokens, fetch_ms, prefill_ms(tokens) - fetch_ms
+        probe = self._count(runs, best, now_s)
+        return Fetch(best, best_ms, probe)
+
+    def _count(self, runs: Sequence[Run], fetched: int, now_s: float) -> str | None:
+        probe, begin = None, 0
+        for run in runs:
+            counts = self.counts[run.tier]
+            won = min(max(fetched - begin, 0), run.tokens)
+            counts.won_tokens += won
+            counts.refused_tokens += run.tokens - won
+            begin += run.tokens
+            if won:
+                self._tried_s[run.tier] = now_s
+            elif probe is None and now_s - self._tried_s[run.tier] >= PROBE_S:
+                self._tried_s[run.tier] = now_s
+                counts.probes += 1
+                probe = run.tier
+        return probe
+
+
+def _by_tier(runs: Sequence[Run]) -> list[tuple[str, Run]]:
+    """Runs of one tier that follow each other are one fetch."""
+    joined: list[tuple[str, Run]] = []
+    for run in runs:
+        if joined and joined[-1][0] == run.tier:
+            last = joined[-1][1]
+            run = Run(run.tier, last.tokens + run.tokens, last.kv_bytes + run.kv_bytes)
+            joined[-1] = (run.tier, run)
+        else:
+            joined.append((run.tier, run))
+    return joined

@@ -1,0 +1,1 @@
+"""Tiers of KV behind the device: vLLM's offloading, with our decisions."""

@@ -1,0 +1,251 @@
+"""Our decisions before vLLM's tiering manager: what is kept, what is fetched, what is given up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.v1.kv_offload.base import (
+    LoadStoreSpec,
+    LookupResult,
+    OffloadingEvent,
+    OffloadingManager,
+    OffloadKey,
+    OffloadPolicy,
+    PrepareStoreOutput,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+    get_offload_group_idx,
+)
+from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
+
+from xllm_kv.config import Admission
+from xllm_kv.prices import Prices, Run
+from xllm_kv.reuse import Reuse
+
+HOST = "host"
+_PENDING = (LookupResult.HIT_PENDING, LookupResult.RETRY)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A request's KV that the device lacks.
+
+    Attributes:
+        chains: by KV cache group, the keys of its whole prompt, each chunk's in order.
+        first: the first chunk that the device lacks.
+        chunk_tokens, chunk_bytes: of one chunk.
+        prefill_ms: how long the first tokens that it lacks take to compute.
+        online: the request's class.
+    """
+
+    chains: Sequence[Sequence[OffloadKey]]
+    first: int
+    chunk_tokens: int
+    chunk_bytes: int
+    prefill_ms: Callable[[int], float]
+    online: bool = True
+
+
+@dataclass
+class _Asked:
+    context: ReqContext
+    fetched: set[OffloadKey] | None = None  # None: whatever there is
+    deadline_s: float = float("inf")
+    patience_s: float = float("inf")
+    counted: bool = False
+    late: bool = False
+    refused: set[int] = field(default_factory=set)  # groups with a hole, of which no more is kept
+
+
+class GatedManager(OffloadingManager):  # type: ignore[misc]
+    """Lets through to vLLM's manager what pays.
+
+    Args:
+        inner: moves chunks between host memory and the tiers behind it.
+        reuse: how the use of chunks is followed; None leaves eviction to vLLM's own policy and
+            follows uses only for admission.
+        prices: what fetches cost.
+        priced: whether only what beats computing is fetched; whatever there is otherwise.
+        admission: what is kept.
+        capacity: chunks in host memory.
+        chunk_bytes: of one of them.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        inner: TieringOffloadingManager,
+        reuse: Reuse | None,
+        prices: Prices,
+        *,
+        priced: bool,
+        admission: Admission,
+        capacity: int,
+        chunk_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.prices, self.chunk_bytes = prices, chunk_bytes
+        self._inner, self._priced, self._admission, self._clock = inner, priced, admission, clock
+        self._ranks = reuse is not None
+        self._reuse = reuse if reuse is not None else Reuse(capacity)
+        self._asked: dict[str, _Asked] = {}
+
+    def plan(self, req_id: str, wanted: Wanted) -> None:
+        """Decide how much of a request's prompt is fetched."""
+        asked = self._asked.get(req_id)
+        if asked is None:
+            return
+        if not asked.counted:
+            asked.counted = True
+            for chain in wanted.chains:
+                self._reuse.used(chain, online=wanted.online)
+                for tier in self._inner.secondary_tiers:
+                    tier.touch(chain, asked.context)
+        if not self._priced or len(wanted.chains) != 1:
+            return  # the parts of several groups are only of use together
+        runs = self._runs(asked, wanted)
+        fetch = self.prices.choose(runs, wanted.prefill_ms, self._clock())
+        chunks = -(-fetch.tokens // wanted.chunk_tokens)
+        chain = wanted.chains[0]
+        asked.fetched = set(chain[wanted.first : wanted.first + chunks])
+        asked.patience_s = fetch.deadline_ms / 1e3
+        if fetch.probe is not None:
+            self._probe(asked, wanted, runs, fetch.probe)
+
+    def _runs(self, asked: _Asked, wanted: Wanted) -> list[Run]:
+        """Where what the device lacks lies, as far as it lies anywhere."""
+        runs = []
+        for key in wanted.chains[0][wanted.first :]:
+            tier = self._tier(key, asked.context)
+            if tier is None:
+                break
+            runs.append(Run(tier, wanted.chunk_tokens, wanted.chunk_bytes))
+        return runs
+
+    def _tier(self, key: OffloadKey, context: ReqContext) -> str | None:
+        if self._inner.primary_tier.lookup(key, context) is not LookupResult.MISS:
+            return HOST
+        for tier in self._inner.secondary_tiers:
+            if tier.lookup(key, context) is not LookupResult.MISS:
+                return str(tier.tier_type)
+        return None
+
+    def _probe(self, asked: _Asked, wanted: Wanted, runs: Sequence[Run], tier: str) -> None:
+        """Fetch one chunk of a tier that was refused, with nobody waiting for it."""
+        for key, run in zip(wanted.chains[0][wanted.first :], runs, strict=False):
+            if run.tier == tier:
+                self._inner.lookup(key, asked.context)
+                return
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        """See vLLM's class; what is not worth its fetch, or late, is missed."""
+        asked = self._asked.get(req_context.req_id)
+        if asked is None or asked.fetched is None:
+            return self._inner.lookup(key, req_context)
+        if key not in asked.fetched:
+            return LookupResult.MISS
+        found = self._inner.lookup(key, req_context)
+        if found not in _PENDING:
+            return found
+        now_s = self._clock()
+        if asked.deadline_s == float("inf"):
+            asked.deadline_s = now_s + asked.patience_s
+        if now_s < asked.deadline_s:
+            return found
+        if not asked.late:
+            asked.late = True
+            waited_s = now_s - asked.deadline_s + asked.patience_s
+            self._gave_up(waited_s)
+        return LookupResult.MISS
+
+    def _gave_up(self, waited_s: float) -> None:
+        for tier in self._inner.secondary_tiers:
+            pending = getattr(tier, "loading_bytes", 0)
+            if pending:
+                self.prices.late(tier.tier_type, pending, waited_s)
+
+    def prepare_store(
+        self, keys: Collection[OffloadKey], req_context: ReqContext
+    ) -> PrepareStoreOutput | None:
+        """See vLLM's class; what is not worth its place is not kept, nor what follows it."""
+        asked = self._asked.get(req_context.req_id)
+        refused = asked.refused if asked is not None else set()
+        kept = []
+        for key in keys:
+            group = get_offload_group_idx(key)
+            if group in refused:
+                continue
+            if self._worth(key, req_context):
+                kept.append(key)
+            else:
+                refused.add(group)
+        return self._inner.prepare_store(kept, req_context)
+
+    def _worth(self, key: OffloadKey, context: ReqContext) -> bool:
+        if self._admission is Admission.SECOND_USE:
+            return self._reuse.uses(key) > 1
+        if not self._ranks:
+            return True
+        held = self._inner.primary_tier.lookup(key, context) is not LookupResult.MISS
+        return held or self._reuse.worth(key)
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        """See vLLM's class; also what the device holds is offered, which host memory may lack."""
+        self._inner.on_new_request(req_context)
+        self._asked[req_context.req_id] = _Asked(req_context)
+        return RequestOffloadingContext(policy=OffloadPolicy.REQUEST_LEVEL)
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        """See vLLM's class."""
+        self._asked.pop(req_context.req_id, None)
+        self._inner.on_request_finished(req_context)
+
+    def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> Any:
+        """See vLLM's class."""
+        return self._inner.get_load_source(key, req_context)
+
+    def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> LoadStoreSpec:
+        """See vLLM's class."""
+        return self._inner.prepare_load(keys, req_context)
+
+    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        """See vLLM's class."""
+        self._inner.touch(keys, req_context)
+
+    def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        """See vLLM's class."""
+        self._inner.complete_load(keys, req_context)
+
+    def complete_store(
+        self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True
+    ) -> None:
+        """See vLLM's class."""
+        self._inner.complete_store(keys, req_context, success)
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        """See vLLM's class."""
+        yield from self._inner.take_events()
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        """See vLLM's class."""
+        self._inner.on_schedule_end(context)
+
+    def has_pending_work(self) -> bool:
+        """See vLLM's class."""
+        return bool(self._inner.has_pending_work())
+
+    def reset_cache(self) -> None:
+        """See vLLM's class."""
+        self._inner.reset_cache()
+
+    def get_stats(self) -> Any:
+        """See vLLM's class."""
+        return self._inner.get_stats()
+
+    def shutdown(self) -> None:
+        """See vLLM's class."""
+        self._inner.shutdown()

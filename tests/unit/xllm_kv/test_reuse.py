@@ -1,0 +1,131 @@
+"""What is given up first: the end of a prefix, offline work's, and what nobody comes back for."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xllm_kv.reuse import GHOSTS, Reuse
+
+
+def anything(key: object) -> bool:
+    return True
+
+
+def filled(reuse: Reuse, *prompts: list[int]) -> None:
+    for prompt in prompts:
+        reuse.used(prompt)
+        for key in prompt:
+            reuse.held(key)
+
+
+def test_a_parent_goes_after_its_children() -> None:
+    reuse = Reuse(10)
+    filled(reuse, [1, 2, 3], [1, 2, 4])
+    assert reuse.victims(4, anything) == [3, 4, 2, 1]
+
+
+def test_what_may_not_go_stays_and_so_does_what_is_before_it() -> None:
+    reuse = Reuse(10)
+    filled(reuse, [1, 2, 3])
+    assert reuse.victims(3, lambda key: key != 3) == []
+    assert reuse.victims(3, lambda key: key != 2) == [3]
+
+
+def test_asking_takes_nothing_away() -> None:
+    reuse = Reuse(10)
+    filled(reuse, [1, 2, 3])
+    assert reuse.victims(2, anything) == reuse.victims(2, anything) == [3, 2]
+
+
+def test_offline_blocks_go_before_online_ones() -> None:
+    reuse = Reuse(10)
+    reuse.used([1, 2], online=False)
+    reuse.used([3, 4])
+    for key in (1, 2, 3, 4):
+        reuse.held(key)
+    reuse.used([1, 2], online=False)  # used last, and twice
+    assert reuse.victims(4, anything) == [2, 1, 4, 3]
+
+
+def test_a_block_that_online_requests_share_with_offline_ones_is_online() -> None:
+    reuse = Reuse(10)
+    reuse.used([1], online=False)
+    reuse.used([1])
+    reuse.used([1], online=False)
+    reuse.used([2], online=False)
+    reuse.held(1)
+    reuse.held(2)
+    assert reuse.victims(2, anything) == [2, 1]
+
+
+def test_it_learns_that_some_are_never_used_again() -> None:
+    """Sessions come back every 30 uses; between them come prompts that nobody repeats."""
+    capacity, sessions = 40, [[n, n + 100] for n in range(8)]
+    reuse, held, hits, single = Reuse(capacity), set[int](), 0, 10_000
+    for round_ in range(300):
+        for session in sessions:
+            hits += all(key in held for key in session) if round_ > 150 else 0
+            for prompt in (session, list(range(single, single + 6))):
+                reuse.used(prompt)
+                for key in prompt:
+                    reuse.held(key)
+                held |= set(prompt)
+                for key in reuse.victims(max(0, len(held) - capacity), anything):
+                    reuse.lost(key)
+                    held.discard(key)
+            single += 6
+    # The least recently used of 40 are always the sessions: 64 blocks are used between two turns.
+    assert hits > 0.9 * 149 * len(sessions)
+
+
+def test_uses_are_known_for_a_while_after_a_block_has_gone() -> None:
+    reuse = Reuse(2)
+    reuse.used([1])
+    reuse.used([1])
+    assert reuse.uses(1) == 2
+    reuse.used(list(range(10, 10 + GHOSTS * 2)))
+    assert reuse.uses(1) == 0
+
+
+def test_an_empty_cache_takes_everything_and_a_full_one_what_is_worth_it() -> None:
+    reuse = Reuse(2)
+    reuse.used([1, 2])
+    assert reuse.worth(1)
+    reuse.held(1)
+    reuse.held(2)
+    reuse.used([5], online=False)
+    assert not reuse.worth(5)
+
+
+PROMPTS = st.lists(
+    st.lists(st.integers(0, 5), min_size=1, max_size=4).map(
+        # A block stands for all before it, as its hash does.
+        lambda path: [hash(tuple(path[: n + 1])) for n in range(len(path))]
+    ),
+    max_size=40,
+)
+
+
+@given(PROMPTS, st.integers(1, 12))
+def test_it_never_gives_up_what_it_does_not_hold_nor_a_parent_before_its_child(
+    prompts: list[list[int]], capacity: int
+) -> None:
+    reuse, held = Reuse(capacity), set[int]()
+    parents: dict[int, int | None] = {}
+    for prompt in prompts:
+        reuse.used(prompt)
+        before: int | None = None
+        for key in prompt:
+            parents.setdefault(key, before)
+            before = key
+            held.add(key)
+            reuse.held(key)
+        for key in reuse.victims(len(held) - capacity, anything):
+            assert key in held
+            assert not any(parents[other] == key for other in held)
+            held.discard(key)
+            reuse.lost(key)
+        assert len(held) <= capacity
+    reuse.clear()
+    assert reuse.victims(1, anything) == []

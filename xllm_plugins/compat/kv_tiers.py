@@ -1,0 +1,58 @@
+"""Seam: the offloading connector of vLLM, whose manager, eviction and tiers may be our own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xllm_plugins.compat import Target
+
+WHY = "vLLM moves KV to host memory and beyond; which KV, when, and whether back, is our decision."
+HOLDS_FOR = ">=0.32,<0.33"
+_V1 = "vllm.distributed.kv_transfer.kv_connector.v1"
+_KV = "vllm.v1.kv_offload"
+SEAM = (
+    Target(
+        f"{_V1}.offloading_connector:OffloadingConnector.get_num_new_matched_tokens",
+        ("self", "request", "num_computed_tokens"),
+    ),
+    Target(
+        f"{_V1}.offloading_connector:OffloadingConnector.update_connector_output",
+        ("self", "connector_output"),
+    ),
+    Target(f"{_V1}.offloading.common:OffloadingWorkerMetadata"),
+    Target(f"{_KV}.tiering.spec:TieringOffloadingSpec.get_manager", ("self",)),
+    Target(f"{_KV}.tiering.spec:TieringOffloadingSpec.create_worker", ("self", "kv_caches")),
+    Target(f"{_KV}.tiering.manager:TieringOffloadingManager.lookup", ("key", "req_context")),
+    Target(f"{_KV}.tiering.manager:TieringOffloadingManager.prepare_store", ("keys",)),
+    Target(f"{_KV}.tiering.base:SecondaryTierManager.submit_load", ("self", "job_metadata")),
+    Target(f"{_KV}.cpu.policies.base:CachePolicy.evict", ("self", "n", "protected")),
+    Target(f"{_KV}.base:make_offload_key", ("block_hash", "group_idx")),
+    Target(
+        f"{_KV}.cpu.shared_offload_region:SharedOffloadRegion.create_next_worker_view",
+        ("self", "tensor_page_size"),
+    ),
+    Target("vllm.v1.core.kv_cache_utils:init_none_hash", ("hash_fn",)),
+)
+
+
+def manager_of(connector: Any) -> Any:
+    """The offloading manager of a scheduler's offloading connector."""
+    return connector.connector_scheduler.manager
+
+
+def policy_of(manager: Any) -> Any:
+    """The cache policy of a tiering manager's host tier."""
+    return manager.primary_tier._policy
+
+
+def moved(connector_output: Any) -> tuple[tuple[int, float], tuple[int, float]]:
+    """Bytes and seconds of what workers loaded from host memory, and of what they stored there."""
+    stats = connector_output.kv_connector_worker_meta.transfer_stats
+    return (stats.load.bytes, stats.load.time), (stats.store.bytes, stats.store.time)
+
+
+def hash_seed() -> bytes:
+    """What this process's block hashes begin with: without the same seed no hash is the same."""
+    from vllm.v1.core import kv_cache_utils
+
+    return bytes(kv_cache_utils.NONE_HASH)
