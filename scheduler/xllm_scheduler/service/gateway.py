@@ -232,7 +232,7 @@ class Gateway:
         try:
             await self._once(call, route, exchange)
         except asyncio.CancelledError:
-            if not call.lost:
+            if not call.lost or exchange.left:
                 raise
             if sys.version_info >= (3, 11):
                 task.uncancel()
