@@ -43,7 +43,7 @@ def origin_of(url: str) -> Origin:
     """
     try:
         parts = urlsplit(url)
-        tls, host = parts.scheme == "https", parts.hostname or ""
+        tls, host = parts.scheme == "https", (parts.hostname or "").encode("idna").decode()
         name, prefix = parts.netloc.rpartition("@")[2].encode("ascii"), parts.path.encode("ascii")
         port = parts.port or (443 if tls else 80)
     except ValueError as error:

@@ -228,6 +228,7 @@ async def test_what_idles_for_long_is_closed(serve: Serve, monkeypatch: pytest.M
         ("http://192.0.2.1", "Connect|no connection within 0.05 s|nreachable"),
         ("http://", "names no host"),
         ("http://h:p", "is no address: Port"),
+        ("http://a..b", "is no address"),
     ],
 )
 async def test_an_instance_that_cannot_be_reached_is_an_error(
