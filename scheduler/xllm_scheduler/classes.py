@@ -92,7 +92,8 @@ def complete_xargs(said: Said, section: SchedulerSection) -> tuple[dict[str, Any
         filled.setdefault(CLASS_KEY, ServiceClass.ONLINE.value)
         filled.setdefault(TTFT_KEY, section.ttft_ms * section.priority_tier_factor)
         filled.setdefault(TPOT_KEY, section.tpot_ms * section.priority_tier_factor)
-    classify(filled, 0, section)
+    if filled:
+        classify(filled, 0, section)
     offline = filled.get(CLASS_KEY) == ServiceClass.OFFLINE.value
     if said.beam_search and (offline or TTFT_KEY in filled or TPOT_KEY in filled):
         raise RefusalError(

@@ -16,11 +16,11 @@ from xllm_scheduler.service.routing import RequestView
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _HOP = frozenset(
     {b"host", b"content-length", b"connection", b"transfer-encoding", b"keep-alive",
-     b"accept-encoding", b"x-request-id"}
+     b"accept-encoding", b"expect", b"x-request-id"}
 )  # fmt: skip
 _ANSWER_HOP = frozenset(
-    {"connection", "transfer-encoding", "keep-alive", "content-length", "date", "server",
-     "x-request-id"}
+    {b"connection", b"transfer-encoding", b"keep-alive", b"content-length", b"date", b"server",
+     b"x-request-id"}
 )  # fmt: skip
 
 
@@ -30,7 +30,7 @@ class Call:
 
     Attributes:
         path: where it goes, with the query.
-        headers: for the instances.
+        headers: for the instances, as lines.
         body: as it came.
         peek: what was read of it.
         service: its class and SLOs.
@@ -46,7 +46,7 @@ class Call:
     """
 
     path: str
-    headers: list[tuple[str, str]]
+    headers: bytes
     body: bytes
     peek: Peek
     service: Service
@@ -97,10 +97,8 @@ def prompt_tokens_of(answer: Mapping[str, Any]) -> Sequence[int]:
     return choices[0].get("prompt_token_ids") or ()
 
 
-def sent_headers(
-    headers: Iterable[tuple[bytes, bytes]], request_id: str, key: str
-) -> list[tuple[str, str]]:
-    """What an instance gets of a client's headers.
+def sent_headers(headers: Iterable[tuple[bytes, bytes]], request_id: str, key: str) -> bytes:
+    """What an instance gets of a client's headers, as lines.
 
     Args:
         headers: the client's.
@@ -108,24 +106,33 @@ def sent_headers(
         key: what instances want in place of the client's own key; "" to pass that on.
     """
     made = [
-        (name.decode("latin-1"), value.decode("latin-1"))
-        for name, value in headers
-        if name not in _HOP and not (name == b"authorization" and key)
+        b"%b: %b\r\n" % pair
+        for pair in headers
+        if pair[0] not in _HOP and not (key and pair[0] == b"authorization")
     ]
-    made.append(("x-request-id", request_id))
+    made.append(header("x-request-id", request_id))
     if key:
-        made.append(("authorization", f"Bearer {key}"))
-    return made
+        made.append(header("authorization", f"Bearer {key}"))
+    return b"".join(made)
 
 
-def answer_headers(headers: Mapping[str, str], request_id: str) -> list[tuple[bytes, bytes]]:
+def header(name: str, value: object) -> bytes:
+    """One of our own, as a line."""
+    return f"{name}: {value}\r\n".encode("latin-1")
+
+
+def answer_headers(
+    headers: Iterable[tuple[bytes, bytes]], request_id: str
+) -> list[tuple[bytes, bytes]]:
     """What a client gets of an instance's headers."""
-    made = [
-        (name.lower().encode("latin-1"), value.encode("latin-1"))
-        for name, value in headers.items()
-        if name.lower() not in _ANSWER_HOP
-    ]
+    made = [pair for pair in headers if pair[0] not in _ANSWER_HOP]
     return [*made, (b"x-request-id", request_id.encode("latin-1"))]
+
+
+def is_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether an answer is a stream of events."""
+    kind = next((value for name, value in headers if name == b"content-type"), b"")
+    return kind.partition(b";")[0].strip().lower() == b"text/event-stream"
 
 
 def completion_tokens(data: bytes) -> int:

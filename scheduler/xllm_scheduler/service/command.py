@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -108,4 +109,7 @@ def application() -> Any:
     values = json.loads(os.environ[_RESOLVED])
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("xllm").setLevel(logging.INFO)
-    return build(*(parse_section(cls, name, values[name]) for name, cls in _SECTIONS.items()))
+    made = build(*(parse_section(cls, name, values[name]) for name, cls in _SECTIONS.items()))
+    gc.collect()
+    gc.freeze()  # what is there now stays, and need not be looked through ever again
+    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
@@ -31,6 +32,8 @@ class Exchange:
         path: of the URL.
         headers: by name in lower case; of several of a name the last.
         started: whether the answer has begun.
+        ended: whether all of it was sent.
+        left: whether the client has gone before that.
     """
 
     def __init__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -41,7 +44,7 @@ class Exchange:
         self.headers: dict[str, str] = {
             k.decode("latin-1"): v.decode("latin-1") for k, v in self.raw_headers
         }
-        self.started = False
+        self.started = self.ended = self.left = False
         self._receive, self._send = receive, send
 
     async def body(self, limit: int) -> bytes:
@@ -84,6 +87,7 @@ class Exchange:
 
     async def end(self, data: bytes = b"") -> None:
         """Send the last part."""
+        self.ended = True
         await self._sent({"type": "http.response.body", "body": data, "more_body": False})
 
     async def _sent(self, message: Message) -> None:
@@ -108,19 +112,27 @@ async def unless_gone(exchange: Exchange, work: Awaitable[None]) -> bool:
     Returns:
         Whether it was done to its end.
     """
-    doing = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(exchange.gone())
+    doing = asyncio.current_task()
+    assert doing is not None
+    watching = asyncio.ensure_future(_cancel_if_gone(exchange, doing))
     try:
-        await asyncio.wait((doing, watching), return_when=asyncio.FIRST_COMPLETED)
-        if doing.done():
-            doing.result()
-            return True
+        await work
+    except asyncio.CancelledError:
+        if not exchange.left:
+            raise
+        if sys.version_info >= (3, 11):
+            doing.uncancel()
         return False
     finally:
-        for task in (doing, watching):
-            if not task.done():
-                task.cancel()
-        await asyncio.gather(doing, watching, return_exceptions=True)
+        watching.cancel()
+    return True
+
+
+async def _cancel_if_gone(exchange: Exchange, doing: asyncio.Task[Any]) -> None:
+    await exchange.gone()
+    if not exchange.ended:
+        exchange.left = True
+        doing.cancel()
 
 
 class Collected(Exchange):

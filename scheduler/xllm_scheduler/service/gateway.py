@@ -8,6 +8,7 @@ forbids that, from the tokens that the client already has.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import math
@@ -16,10 +17,8 @@ import sys
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
-
-import aiohttp
 
 from xllm_plugins.compat.request_class import RefusalError, Said
 from xllm_scheduler.classes import classify, complete_xargs
@@ -31,11 +30,14 @@ from xllm_scheduler.service.call import (
     Call,
     answer_headers,
     completion_tokens,
+    header,
+    is_stream,
     prefill_body,
     prompt_tokens_of,
     sent_headers,
 )
 from xllm_scheduler.service.config import RouterSection
+from xllm_scheduler.service.connection import Connection
 from xllm_scheduler.service.errors import (
     ApiError,
     no_model,
@@ -59,6 +61,7 @@ from xllm_scheduler.service.relay import Stream, reason_to_stay, resumed_body, w
 from xllm_scheduler.service.routing import RequestView, Route
 from xllm_scheduler.service.seen import Seen
 from xllm_scheduler.service.tokens import Tokens
+from xllm_scheduler.service.upstream import Upstream
 from xllm_scheduler.service.waiting import done_within
 
 GENERATES = (CHAT, COMPLETIONS, "/v1/responses", "/v1/messages", "/v1/embeddings")
@@ -91,7 +94,7 @@ class Gateway:
         classes: settings of class and SLOs.
         tokens: tokenises prompts.
         seen: is told what happened.
-        session: to the instances.
+        upstream: the connections to the instances.
     """
 
     def __init__(
@@ -101,10 +104,10 @@ class Gateway:
         classes: SchedulerSection,
         tokens: Tokens,
         seen: Seen,
-        session: aiohttp.ClientSession,
+        upstream: Upstream,
     ) -> None:
         self._fleet, self._section, self._classes = fleet, section, classes
-        self._tokens, self._seen, self._session = tokens, seen, session
+        self._tokens, self._seen, self._upstream = tokens, seen, upstream
         self._backoff = Backoff()
         self._rng = random.Random()  # noqa: S311 - jitter
         self._keys = frozenset(filter(None, section.api_keys.split(",")))
@@ -229,7 +232,7 @@ class Gateway:
         try:
             await self._once(call, route, exchange)
         except asyncio.CancelledError:
-            if not call.lost:
+            if not call.lost or exchange.left:
                 raise
             if sys.version_info >= (3, 11):
                 task.uncancel()
@@ -357,43 +360,36 @@ class Gateway:
         return json.dumps(asked).encode()
 
     async def _whole(self, call: Call, name: str, body: bytes) -> tuple[int, bytes]:
-        try:
-            url, headers = self._url(name, call.path), self._headers_at(call, name)
-            async with self._session.post(url, data=body, headers=headers) as response:
-                return response.status, await response.read()
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-            raise UpstreamError(name, f"{name} did not answer ({_named(error)})") from error
+        async with self._asked(call, name, body) as answer:
+            return answer.status, await answer.body()
 
     async def _relayed(self, call: Call, name: str, body: bytes, exchange: Exchange) -> None:
-        try:
-            url, headers = self._url(name, call.path), self._headers_at(call, name)
-            async with self._session.post(url, data=body, headers=headers) as response:
-                if response.status in _AGAIN:
-                    data = await response.read()
-                    what = f"{name} answered {response.status}"
-                    raise UpstreamError(name, what, response.status, data)
-                call.status = response.status
-                if call.stream is None or response.content_type != "text/event-stream":
-                    data = await response.read()
-                    call.tokens = completion_tokens(data)
-                    await _begun(exchange, response, call)
-                    await exchange.end(data)
-                    return
-                await self._streamed(call, call.stream, name, response, exchange)
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-            raise UpstreamError(name, f"{name} did not answer ({_named(error)})") from error
+        async with self._asked(call, name, body) as answer:
+            if answer.status in _AGAIN:
+                what = f"{name} answered {answer.status}"
+                raise UpstreamError(name, what, answer.status, await answer.body())
+            call.status = answer.status
+            if call.stream is not None and is_stream(answer.headers):
+                await self._streamed(call, call.stream, name, answer, exchange)
+                return
+            data = await answer.body()
+            call.tokens = completion_tokens(data)
+            headers = answer_headers(answer.headers, call.view.request_id)
+            await exchange.start(answer.status, [*headers, (b"content-length", b"%d" % len(data))])
+            await exchange.end(data)
 
     async def _streamed(
         self,
         call: Call,
         stream: Stream,
         name: str,
-        response: aiohttp.ClientResponse,
+        answer: Connection,
         exchange: Exchange,
     ) -> None:
         if not exchange.started:
-            await _begun(exchange, response, call)
-        async for data in response.content.iter_any():
+            headers = answer_headers(answer.headers, call.view.request_id)
+            await exchange.start(answer.status, headers)
+        while data := await answer.part():
             out = stream.feed(data)
             if out:
                 if call.first_s is None:
@@ -408,24 +404,24 @@ class Gateway:
         call.tokens = stream.tokens
         await exchange.end()
 
-    def _headers_at(self, call: Call, name: str) -> list[tuple[str, str]]:
-        """With the data-parallel rank, where the instance has several."""
-        decision = self._fleet.decision(call.view.request_id)
-        rank = decision.ranks.get(name) if decision else None
-        if rank is None:
-            return call.headers
-        return [*call.headers, ("x-data-parallel-rank", str(rank))]
-
-    def _url(self, name: str, path: str) -> str:
+    @contextlib.asynccontextmanager
+    async def _asked(self, call: Call, name: str, body: bytes) -> AsyncIterator[Connection]:
+        """An instance's answer, once its head is there."""
         member = self._fleet.registry.members.get(name)
         if member is None:
             raise UpstreamError(name, f"{name} has gone")
-        return member.record.url + path
-
-
-async def _begun(exchange: Exchange, response: aiohttp.ClientResponse, call: Call) -> None:
-    headers = answer_headers(response.headers, call.view.request_id)
-    await exchange.start(response.status, headers)
+        headers = call.headers
+        decision = self._fleet.decision(call.view.request_id)
+        if decision is not None and name in decision.ranks:
+            headers += header("x-data-parallel-rank", decision.ranks[name])
+        try:
+            answer = await self._upstream.post(member.record.url, call.path, headers, body)
+            try:
+                yield answer
+            finally:
+                self._upstream.release(answer)
+        except OSError as error:
+            raise UpstreamError(name, f"{name} did not answer ({_named(error)})") from error
 
 
 def _key_of(exchange: Exchange) -> str:

@@ -15,10 +15,8 @@ _END = b"\n\n"
 _DONE = b"data: [DONE]"
 _ERROR = b'data: {"error":'
 # Quotes within a JSON string are escaped, so these can only be keys.
-_IDS = b',"token_ids":['
-_NO_IDS = b',"token_ids":null'
-_PROMPT_IDS = b',"prompt_token_ids":['
-_NO_PROMPT_IDS = b',"prompt_token_ids":null'
+_IDS, _NO_IDS = b',"token_ids":[', b',"token_ids":null'
+_PROMPT_IDS, _NO_PROMPT_IDS = b',"prompt_token_ids":[', b',"prompt_token_ids":null'
 _CALLS = b'"tool_calls":[{'
 
 
@@ -43,14 +41,13 @@ class Stream:
         done: whether the answer is complete.
         finished: whether its last token has come.
         error: the event in which the instance said that it failed; empty if it did not.
-        events: how many were passed on.
+        started: whether the client has been sent anything.
         called: whether a tool call has begun.
     """
 
     def __init__(self, *, strip: bool = True) -> None:
-        self.done = self.finished = self.called = False
+        self.done = self.finished = self.called = self.started = False
         self.error = b""
-        self.events = 0
         self._strip = strip
         self._rest = b""
         self._ids: list[bytes] = []  # of each event that had some, as they stood there
@@ -61,25 +58,21 @@ class Stream:
 
     def feed(self, data: bytes) -> bytes:
         """Take in bytes of the instance; returns those for the client, whole events only."""
-        whole, end, rest = (self._rest + data).rpartition(_END)
-        self._rest = rest
+        whole, end, self._rest = (self._rest + data).rpartition(_END)
         if not end:
             return b""
-        out = []
-        for event in whole.split(_END):
-            if event.startswith(_ERROR):
-                self.error = event + _END
-                break
-            made = self._resumed(event) if self._resumed_after >= 0 else self._event(event)
-            if made:
-                out.append(made)
-        self.events += len(out)
-        return b"".join(out)
-
-    @property
-    def started(self) -> bool:
-        """Whether the client has been sent anything."""
-        return self.events > 0
+        if _ERROR in whole:
+            whole, _, after = whole.partition(_ERROR)
+            self.error = _ERROR + after.partition(_END)[0] + _END
+            whole = whole.removesuffix(_END)
+        if not whole:
+            return b""
+        if self._resumed_after < 0:
+            out = self._passed(whole)
+        else:
+            out = b"".join(map(self._resumed, whole.split(_END)))
+        self.started = self.started or out != b""
+        return out
 
     @property
     def tokens(self) -> int:
@@ -107,26 +100,34 @@ class Stream:
         del self._ids[self._kept_ids :]
         self._resumed_after = len(self.delivered())
 
-    def _event(self, event: bytes) -> bytes:
-        if event.startswith(_DONE):
-            self.done = True
-            return event + _END
+    def _passed(self, events: bytes) -> bytes:
+        """Whole events as the client gets them, however many they are at once."""
         if not self._first:
-            self._first = event
-        self.finished = self.finished or b'"finish_reason":"' in event
-        self.called = self.called or _CALLS in event
-        made, ids = _cut(event, _IDS, self._strip)
+            self._first = events.partition(_END)[0]
+        if _DONE in events:
+            self.done = any(event.startswith(_DONE) for event in events.split(_END))
+        self.finished = self.finished or b'"finish_reason":"' in events
+        self.called = self.called or _CALLS in events
+        cut, ids = _cut(events, _IDS, _NO_IDS)
         if ids:
-            self._ids.append(ids)
+            self._keep(ids, events)
+        if b',"prompt_token_ids":' in events:
+            cut, prompts = _cut(cut, _PROMPT_IDS, _NO_PROMPT_IDS)
+            if prompts and not self._prompt_ids:
+                self._prompt_ids = prompts[0]
+        return (cut if self._strip else events) + _END
+
+    def _keep(self, ids: list[bytes], events: bytes) -> None:
+        """Note token ids, and how many of them there are up to the last event with text."""
+        self._ids += ids
+        count = len(self._ids)
+        for event in reversed(events.split(_END)):
+            if _IDS not in event:
+                continue
             if _has_text(event):
-                self._kept_ids = len(self._ids)
-        elif self._strip:
-            made = made.replace(_NO_IDS, b"")
-        if not self._prompt_ids:
-            made, self._prompt_ids = _cut(made, _PROMPT_IDS, self._strip)
-        if self._strip:
-            made = made.replace(_NO_PROMPT_IDS, b"")
-        return made + _END
+                self._kept_ids = count
+                return
+            count -= 1
 
     def _resumed(self, event: bytes) -> bytes:
         """An event of another instance, as if the first one had gone on."""
@@ -159,14 +160,12 @@ class Stream:
         return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + _END
 
 
-def _cut(event: bytes, key: bytes, strip: bool) -> tuple[bytes, bytes]:
-    """The event without a key's list of numbers, and what stood in the list."""
-    start = event.find(key)
-    if start < 0:
-        return event, b""
-    end = event.index(b"]", start)
-    ids = event[start + len(key) : end]
-    return (event[:start] + event[end + 1 :] if strip else event), ids
+def _cut(events: bytes, key: bytes, null: bytes) -> tuple[bytes, list[bytes]]:
+    """Events without a key, and what stood in the lists of those that had one."""
+    first, *rest = events.split(key)
+    lists = [part.partition(b"]") for part in rest]
+    left = b"".join([first, *[after for _, _, after in lists]])
+    return left.replace(null, b""), [found for found, _, _ in lists if found]
 
 
 def _has_text(event: bytes) -> bool:

@@ -29,6 +29,7 @@ from xllm_scheduler.service.seen import Seen
 from xllm_scheduler.service.staged import Guarded
 from xllm_scheduler.service.tokens import Tokens
 from xllm_scheduler.service.turning import Turner, TurningError
+from xllm_scheduler.service.upstream import Upstream
 
 _ASK_AGAIN_S = 1.0
 CHANGEABLE = (
@@ -71,8 +72,9 @@ class Service:
         self.tokens = Tokens(self.section.tokenizers, self.session, self._serving)
         if self.fleet.routing.reads_cached:
             self.tokens.prepare()
+        self.upstream = Upstream()
         self.gateway = Gateway(
-            self.fleet, self.section, self._classes, self.tokens, self.seen, self.session
+            self.fleet, self.section, self._classes, self.tokens, self.seen, self.upstream
         )
         self.turner = Turner(
             self.fleet, self.session, self.section.admin_token, self.section.instance_key
@@ -105,6 +107,7 @@ class Service:
         if self.batches is not None:
             self.batches.store.close()
         self.tokens.close()
+        self.upstream.close()
         await self.session.close()
 
     def join(self, record: Record) -> None:
