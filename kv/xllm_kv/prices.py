@@ -18,6 +18,7 @@ _MIB = 1 << 20
 _FIRST_MIB = (1.0, 64.0)  # a guess counts as two transfers of these sizes
 _PATIENCE = 2.0  # times the predicted fetch, before one that is late is given up
 _LEAST_PATIENCE_MS = 20.0
+_WORTH_TRYING = 0.05  # the share of the time to compute it that may be waited in vain
 PROBE_S = 5.0
 
 
@@ -41,17 +42,20 @@ class Fetch(NamedTuple):
     Attributes:
         tokens: from the first external hit on; 0 for none.
         predicted_ms: how long that takes.
+        prefill_ms: how long computing it would take.
         probe: a tier that was refused and of which a block shall be fetched in the background.
     """
 
     tokens: int
     predicted_ms: float
+    prefill_ms: float = 0.0
     probe: str | None = None
 
     @property
     def deadline_ms(self) -> float:
         """After so long without it the request computes its prompt."""
-        return max(_LEAST_PATIENCE_MS, _PATIENCE * self.predicted_ms)
+        patience_ms = max(_PATIENCE * self.predicted_ms, _WORTH_TRYING * self.prefill_ms)
+        return max(_LEAST_PATIENCE_MS, patience_ms)
 
 
 @dataclass
@@ -154,7 +158,7 @@ class Prices:
             if prefill_ms(tokens) - fetch_ms > gain:
                 best, best_ms, gain = tokens, fetch_ms, prefill_ms(tokens) - fetch_ms
         probe = self._count(runs, best, now_s)
-        return Fetch(best, best_ms, probe)
+        return Fetch(best, best_ms, prefill_ms(best) if best else 0.0, probe)
 
     def _count(self, runs: Sequence[Run], fetched: int, now_s: float) -> str | None:
         probe, begin = None, 0
