@@ -56,7 +56,7 @@ class Topology:
         return self.slots <= experts // self.nodes <= self.physical // self.nodes
 
 
-def place(load: Floats, current: Ints, topology: Topology, wanted: float = 1.0) -> Ints:
+def place(load: Floats, current: Ints, topology: Topology, wanted: Floats | float = 1.0) -> Ints:
     """A placement that is balanced as wanted, at few moves from the current one.
 
     Experts whose replicas would be too heavy get more of them, in slots of those that need fewer,
@@ -72,22 +72,24 @@ def place(load: Floats, current: Ints, topology: Topology, wanted: float = 1.0) 
         current: ``[layers, devices * slots]``. A second replica of an expert on one device counts
             as an empty slot.
         topology: of the machine.
-        wanted: the max/mean device load to reach: the knob of moves against balance.
+        wanted: the max/mean device load to reach, of all layers or each: the knob of moves against
+            balance.
 
     Raises:
         PlacementError: loads that are negative or not finite, shapes that do not fit, or more slots
             on a device than experts.
     """
     experts = _checked(load, current, topology, wanted)
+    aim = np.broadcast_to(np.asarray(wanted, float), len(load))
     whole = (current >= 0).all(1) & (replica_counts(current, experts) > 0).all(1)
     rows = np.flatnonzero((load.sum(1) > 0) | ~whole)
     found = current.copy()
     if len(rows):
-        found[rows] = _placed(load[rows], current[rows], topology, wanted)
+        found[rows] = _placed(load[rows], current[rows], topology, aim[rows])
     return found
 
 
-def _placed(load: Floats, current: Ints, topology: Topology, wanted: float) -> Ints:
+def _placed(load: Floats, current: Ints, topology: Topology, wanted: Floats) -> Ints:
     current = np.where(_duplicates(current, topology), EMPTY, current)
     if topology.hierarchical(load.shape[1]):
         found = _within_nodes(load, current, topology, wanted)
@@ -103,7 +105,7 @@ def _settled(before: Ints, after: Ints, topology: Topology) -> Ints:
     """
     shape = (-1, topology.slots)
     old, new = before.reshape(shape), after.reshape(shape)
-    same = old[:, :, None] == new[:, None, :]
+    same = old.astype(np.int32)[:, :, None] == new.astype(np.int32)[:, None, :]
     free = np.argsort(same.any(2), 1, kind="stable")  # slots whose expert has left come first
     come = np.argsort(same.any(1), 1, kind="stable")  # and experts that were not here before
     fills = np.take_along_axis(new, come, 1)
@@ -140,14 +142,20 @@ def replica_counts(placement: Ints, experts: int) -> Ints:
     return counts.reshape(layers, experts + 1)[:, :experts]
 
 
-def moves(before: Ints, after: Ints, devices: int) -> Ints:
-    """``[layers]``: experts whose weights some device has to receive, each device counted."""
+def received(before: Ints, after: Ints, devices: int) -> Ints:
+    """``[layers, devices]``: experts whose weights each device has to receive."""
     layers = len(before)
     old, new = (p.reshape(layers, devices, -1) for p in (before, after))
     had = (new[:, :, :, None] == old[:, :, None, :]).any(-1)
     again = (new[:, :, :, None] == new[:, :, None, :]) & np.tri(new.shape[2], k=-1, dtype=bool)
-    received: Ints = (~had & ~again.any(-1) & (new >= 0)).sum((1, 2))
-    return received
+    counts: Ints = (~had & ~again.any(-1) & (new >= 0)).sum(2)
+    return counts
+
+
+def moves(before: Ints, after: Ints, devices: int) -> Ints:
+    """``[layers]``: experts whose weights some device has to receive, each device counted."""
+    total: Ints = received(before, after, devices).sum(1)
+    return total
 
 
 def check_placement(placement: Ints, experts: int, topology: Topology) -> None:
@@ -172,7 +180,7 @@ def check_placement(placement: Ints, experts: int, topology: Topology) -> None:
         raise PlacementError(f"Layer {dropped[0][0]} has no replica of expert {dropped[0][1]}.")
 
 
-def _checked(load: Floats, current: Ints, topology: Topology, wanted: float) -> int:
+def _checked(load: Floats, current: Ints, topology: Topology, wanted: Floats | float) -> int:
     if load.ndim != 2 or not load.size:
         raise PlacementError(f"The load has shape {load.shape}; allowed is [layers, experts].")
     layers, experts = load.shape
@@ -197,7 +205,7 @@ def _checked(load: Floats, current: Ints, topology: Topology, wanted: float) -> 
             f"{topology.devices} devices have {topology.slots} slots each for {experts} experts; "
             "allowed is at most as many slots on a device as experts, and no fewer in all."
         )
-    if not wanted >= 1.0:
+    if not np.all(np.asarray(wanted) >= 1.0):
         raise PlacementError(f"wanted is {wanted}; allowed is a number at least 1.")
     return int(experts)
 
@@ -205,12 +213,15 @@ def _checked(load: Floats, current: Ints, topology: Topology, wanted: float) -> 
 def _duplicates(placement: Ints, topology: Topology) -> NDArray[np.bool_]:
     """Slots whose expert an earlier slot of the same device holds, too."""
     slots = placement.reshape(len(placement), topology.devices, topology.slots)
+    ordered = np.sort(slots, 2)
+    if not (ordered[:, :, 1:] == ordered[:, :, :-1]).any():
+        return np.zeros(placement.shape, bool)
     same = slots[:, :, :, None] == slots[:, :, None, :]
     again: NDArray[np.bool_] = (same & np.tri(topology.slots, k=-1, dtype=bool)).any(-1)
     return again.reshape(placement.shape)
 
 
-def _within_nodes(load: Floats, current: Ints, topology: Topology, wanted: float) -> Ints:
+def _within_nodes(load: Floats, current: Ints, topology: Topology, wanted: Floats) -> Ints:
     """Groups to nodes, then each node as a problem of its own."""
     layers, experts = load.shape
     nodes, size = topology.nodes, experts // topology.groups
@@ -227,7 +238,7 @@ def _within_nodes(load: Floats, current: Ints, topology: Topology, wanted: float
         local.reshape(layers * nodes, -1),
         topology.devices // nodes,
         1,
-        wanted,
+        np.repeat(wanted, nodes),
     ).reshape(layers, -1)
     return np.take_along_axis(members, found + node_of_slot * each, 1)
 

@@ -21,10 +21,10 @@ _OTHER_NODE = 0.05  # of the mean load: what another node for a replica may cost
 _PAIR_ROUNDS = 8
 _LAST_ROUNDS = 40
 _GAIN = 5e-4  # of the mean load: what a swap has to bring
-_REACHED = 1.0 + 1e-9
+_REACHED = np.float32(1.0 + 1e-6)
 
 
-def improve(load: Floats, current: Ints, devices: int, nodes: int, wanted: float) -> Ints:
+def improve(load: Floats, current: Ints, devices: int, nodes: int, wanted: Floats) -> Ints:
     """See ``place``; no device holds an expert twice in ``current``, nor in what is returned."""
     return _Books(load, current, devices, nodes, wanted).solve()
 
@@ -39,11 +39,12 @@ class _Books:
         counts: replicas of each expert, ``[layers, experts + 1]``.
         need: how many it shall have, likewise.
         share: the load of each replica, likewise.
-        cap: the wanted load of the heaviest device, ``[layers]``.
+        mean: load of a device, ``[layers]``; ``weight`` of each slot, ``total`` of each device and
+            ``cap``, the wanted load of the heaviest, are in units of it.
     """
 
     def __init__(
-        self, load: Floats, current: Ints, devices: int, nodes: int, wanted: float
+        self, load: Floats, current: Ints, devices: int, nodes: int, wanted: Floats
     ) -> None:
         self.layers, self.experts = load.shape
         self.devices, self.nodes, self.wanted = devices, nodes, wanted
@@ -59,7 +60,7 @@ class _Books:
         self.counts = self.counts.reshape(self.load.shape)
         self.share = self.load / np.maximum(self.counts, 1)
         self.mean = load.sum(1) / devices
-        self.cap = wanted * self.mean
+        self.cap = wanted.astype(np.float32)
         self.need = self._needed()
 
     def solve(self) -> Ints:
@@ -67,7 +68,9 @@ class _Books:
         self._replicate()
         self._fill()
         held = self.held.reshape(self.layers, -1)
-        self.weight = np.take(self.share.ravel(), held + self.row).reshape(self.held.shape)
+        # Halves of the memory traffic of the swaps; they need no more digits.
+        share = (self.share / self.mean[:, None]).astype(np.float32)
+        self.weight = np.take(share.ravel(), held + self.row).reshape(self.held.shape)
         self.total = self.weight.sum(-1)
         self._swap_pairs()
         self._swap_heaviest()
@@ -171,9 +174,10 @@ class _Books:
         gives, takes = self.held[rows, heavy], self.held[rows, light]
         delta = self.weight[rows, heavy][:, :, None] - self.weight[rows, light][:, None, :]
         left, right = over[:, None, None] - delta, room[:, None, None] + delta
-        cost = 1e-3 * np.maximum(left, right)  # among equals, the more even pair
-        cost += np.maximum(left, 0.0)
-        cost += np.maximum(right, 0.0)
+        cost = np.maximum(left, right)
+        cost *= np.float32(1e-3)  # among equals, the more even pair
+        cost += np.maximum(left, 0.0, out=left)
+        cost += np.maximum(right, 0.0, out=right)
         cost[self.on[rows[:, None], light[:, None], gives]] = np.inf
         cost.transpose(0, 2, 1)[self.on[rows[:, None], heavy[:, None], takes]] = np.inf
         best = cost.reshape(len(rows), -1).argmin(1)
@@ -189,24 +193,33 @@ class _Books:
             rows = np.flatnonzero((self.total.max(1) > self.cap * _REACHED) & live)
             if not len(rows):
                 return
-            n, each = np.arange(len(rows)), self.slots
-            heavy = self.total[rows].argmax(1)
-            top = self.total[rows, heavy]
-            mine = self.weight[rows, heavy][:, :, None, None]
-            delta = mine - self.weight[rows][:, None]  # [rows, slots, devices, slots]
-            after = np.maximum(
-                top[:, None, None, None] - delta, self.total[rows][:, None, :, None] + delta
-            )
-            after[self.on[rows[:, None], :, self.held[rows, heavy]]] = np.inf
-            others = self.held[rows].reshape(len(rows), -1)
-            has = self.on[rows[:, None], heavy[:, None], others].reshape(len(rows), 1, -1, each)
-            flat = np.where(has, np.inf, after).reshape(len(rows), -1)
-            best = flat.argmin(1)
-            good = flat[n, best] < top - _GAIN * self.cap[rows]
+            order = np.argsort(self.total[rows], 1)
+            heavy, light = order[:, -1], order[:, : (self.devices + 1) // 2]
+            chosen, best, after = self._best_swaps(rows, heavy, light)
+            good = after < self.total[rows, heavy] - np.float32(_GAIN) * self.cap[rows]
             live[rows[~good]] = False
-            slot, other = np.divmod(best[good], self.devices * each)
-            light, place = np.divmod(other, each)
-            self._exchange(rows[good], heavy[good], slot, light, place)
+            slot, place = np.divmod(best, self.slots)
+            self._exchange(rows[good], heavy[good], slot[good], chosen[good], place[good])
+
+    def _best_swaps(self, rows: Ints, heavy: Ints, light: Ints) -> tuple[Ints, Ints, Floats]:
+        """The swap of each heavy device with one of its light ones that leaves the lower maximum.
+
+        Returns:
+            The light device, the two slots as one number, and that maximum.
+        """
+        one, several = rows[:, None], heavy[:, None]
+        delta = self.weight[rows, heavy][:, None, :, None] - self.weight[one, light][:, :, None]
+        after = self.total[one, light][:, :, None, None] + delta  # [rows, light, slots, slots]
+        np.maximum(after, self.total[rows, heavy][:, None, None, None] - delta, out=after)
+        gives, takes = self.held[rows, heavy], self.held[one, light]
+        has = self.on[one[:, :, None], light[:, :, None], gives[:, None]]
+        np.putmask(after, np.broadcast_to(has[:, :, :, None], after.shape), np.inf)
+        has = self.on[one[:, :, None], several[:, :, None], takes]
+        np.putmask(after, np.broadcast_to(has[:, :, None, :], after.shape), np.inf)
+        flat = after.reshape(len(rows), -1)
+        n, best = np.arange(len(rows)), flat.argmin(1)
+        which, swap = np.divmod(best, self.slots * self.slots)
+        return light[n, which], swap, flat[n, best]
 
     def _exchange(self, rows: Ints, one: Ints, slot: Ints, other: Ints, place: Ints) -> None:
         """Swap ``slot`` of the devices ``one`` with ``place`` of the devices ``other``."""

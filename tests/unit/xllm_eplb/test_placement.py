@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.xllm_eplb.loads import initial, skewed
 from xllm_eplb.errors import PlacementError
 from xllm_eplb.placement import (
     Topology,
@@ -20,18 +21,6 @@ from xllm_eplb.placement import (
     replica_counts,
 )
 from xllm_eplb.search import Floats, Ints
-
-
-def initial(layers: int, experts: int, slots: int) -> Ints:
-    """vLLM's first placement: all experts in order, then the first of them again."""
-    return np.tile(np.arange(slots) % experts, (layers, 1))
-
-
-def skewed(layers: int, experts: int, exponent: float = 0.6, seed: int = 0) -> Floats:
-    """Power-law loads, another order of the experts in each layer."""
-    rng = np.random.default_rng(seed)
-    law = 1000.0 * np.arange(1, experts + 1) ** -exponent
-    return np.stack([rng.permutation(law) for _ in range(layers)])
 
 
 def repeats(placement: Ints, devices: int) -> int:
