@@ -161,19 +161,16 @@ class AscendSwift:
         for _ in range(self._most_swaps):
             total = weight.sum(1)
             heavy = int(total.argmax())
-            best, found = total[heavy] - 0.01 * total.mean(), None
-            for light in np.argsort(total)[:-1]:
-                if sends[heavy, light] or sends[light, heavy]:
-                    continue
-                delta = weight[heavy][:, None] - weight[light][None]
-                after = np.maximum(total[heavy] - delta, total[light] + delta)
-                after[np.isin(held[heavy], held[light])] = np.inf
-                after[:, np.isin(held[light], held[heavy])] = np.inf
-                if after.min() < best:
-                    best, found = after.min(), (light, divmod(int(after.argmin()), held.shape[1]))
-            if found is None:
+            delta = weight[heavy][None, :, None] - weight[:, None, :]  # [devices, slots, slots]
+            after = np.maximum(total[heavy] - delta, total[:, None, None] + delta)
+            gives = (held[heavy][None, :, None] == held[:, None, :]).any(2)
+            takes = np.isin(held, held[heavy])
+            after[gives] = np.inf
+            after.transpose(0, 2, 1)[takes] = np.inf
+            after[(sends[heavy] > 0) | (sends[:, heavy] > 0)] = np.inf
+            light, slot, place = np.unravel_index(int(after.argmin()), after.shape)
+            if not after.min() < total[heavy] - 0.01 * total.mean():
                 return
-            light, (slot, place) = found
             held[heavy, slot], held[light, place] = held[light, place], held[heavy, slot]
             weight[heavy, slot], weight[light, place] = weight[light, place], weight[heavy, slot]
             sends[heavy, light] += 1

@@ -103,16 +103,19 @@ def _settled(before: Ints, after: Ints, topology: Topology) -> Ints:
 
     The search may send an expert away and fetch it back into another slot.
     """
-    shape = (-1, topology.slots)
-    old, new = before.reshape(shape), after.reshape(shape)
+    settled = before.reshape(-1, topology.slots).copy()
+    new = after.reshape(settled.shape)
+    changed = np.flatnonzero((settled != new).any(1))
+    old, new = settled[changed], new[changed]
     same = old.astype(np.int32)[:, :, None] == new.astype(np.int32)[:, None, :]
-    free = np.argsort(same.any(2), 1, kind="stable")  # slots whose expert has left come first
-    come = np.argsort(same.any(1), 1, kind="stable")  # and experts that were not here before
+    stays, was = same.any(2), same.any(1)
+    free = np.argsort(stays, 1, kind="stable")  # slots whose expert has left come first
+    come = np.argsort(was, 1, kind="stable")  # and experts that were not here before
     fills = np.take_along_axis(new, come, 1)
-    stays = np.take_along_axis(same.any(2), free, 1)
-    settled = old.copy()
-    values = np.where(stays, np.take_along_axis(old, free, 1), fills)
-    np.put_along_axis(settled, free, values, 1)
+    kept = np.take_along_axis(stays, free, 1)
+    values = np.where(kept, np.take_along_axis(old, free, 1), fills)
+    np.put_along_axis(old, free, values, 1)
+    settled[changed] = old
     return settled.reshape(before.shape)
 
 
@@ -144,12 +147,14 @@ def replica_counts(placement: Ints, experts: int) -> Ints:
 
 def received(before: Ints, after: Ints, devices: int) -> Ints:
     """``[layers, devices]``: experts whose weights each device has to receive."""
-    layers = len(before)
-    old, new = (p.reshape(layers, devices, -1) for p in (before, after))
-    had = (new[:, :, :, None] == old[:, :, None, :]).any(-1)
-    again = (new[:, :, :, None] == new[:, :, None, :]) & np.tri(new.shape[2], k=-1, dtype=bool)
-    counts: Ints = (~had & ~again.any(-1) & (new >= 0)).sum(2)
-    return counts
+    old, new = (p.reshape(len(before) * devices, -1) for p in (before, after))
+    changed = np.flatnonzero((old != new).any(1))
+    old, new = old[changed].astype(np.int32), new[changed].astype(np.int32)
+    had = (new[:, :, None] == old[:, None, :]).any(2)
+    again = (new[:, :, None] == new[:, None, :]) & np.tri(new.shape[1], k=-1, dtype=bool)
+    counts = np.zeros(len(before) * devices, np.int64)
+    counts[changed] = (~had & ~again.any(2) & (new >= 0)).sum(1)
+    return counts.reshape(len(before), devices)
 
 
 def moves(before: Ints, after: Ints, devices: int) -> Ints:

@@ -133,6 +133,7 @@ class _Draft:
     """A decision in the making."""
 
     before: Floats
+    feigned: Floats = field(init=False)
     after: Floats = field(init=False)
     outcomes: list[Outcome] = field(init=False)
     moves: Ints = field(init=False)
@@ -192,11 +193,12 @@ class BalancePolicy:
         if self._planned is None or self._planned.shape != share.shape:
             self._planned = np.zeros_like(share)
         draft = _Draft(imbalance(share, current, topology.devices))
+        draft.feigned = self._feigned(current, topology)
         broken = (current < 0).any(1) | (replica_counts(current, share.shape[1]) == 0).any(1)
-        chosen = np.flatnonzero(broken | self._worth_planning(draft, current, topology, tokens))
+        chosen = np.flatnonzero(broken | self._worth_planning(draft, tokens))
         if not len(chosen):
             return draft.decision(current)
-        aim = self._rules.wanted + self._rules.noise_share * self._feigned(current, topology)
+        aim = self._rules.wanted + self._rules.noise_share * draft.feigned
         plan = current.copy()
         plan[chosen] = place(share[chosen], current[chosen], topology, aim[chosen])
         check_placement(plan[chosen], share.shape[1], topology)
@@ -206,15 +208,12 @@ class BalancePolicy:
         self._planned[taken] = share[taken]
         return draft.decision(placement)
 
-    def _worth_planning(
-        self, draft: _Draft, current: Ints, topology: Topology, tokens: Floats
-    ) -> Bools:
+    def _worth_planning(self, draft: _Draft, tokens: Floats) -> Bools:
         """Layers whose best possible gain is large enough; sets why the others are not."""
         rules, best = self._rules, draft.before - 1.0
         idle = np.flatnonzero(tokens == 0)
         wanted = best >= rules.least_gain
-        feigned = self._feigned(current, topology)
-        noise = wanted & (best - feigned < rules.least_gain)
+        noise = wanted & (best - draft.feigned < rules.least_gain)
         low = wanted & ~noise & (self._saved(draft.before, np.ones(len(best)), tokens) <= 0)
         draft.set(np.flatnonzero(noise), Outcome.NOISE)
         draft.set(np.flatnonzero(low), Outcome.LOW_BATCH)
@@ -254,7 +253,7 @@ class BalancePolicy:
         after = imbalance(share[chosen], plan[chosen], topology.devices)
         arrives = received(current[chosen], plan[chosen], topology.devices)
         moved = arrives.sum(1)
-        real = np.maximum(draft.before - self._feigned(current, topology), 1.0)[chosen]
+        real = np.maximum(draft.before - draft.feigned, 1.0)[chosen]
         gain = self._saved(np.maximum(real, after), after, tokens[chosen])
         cost = costs.stall_s + costs.exposed * costs.move_s * arrives.max(1)
         pays = gain * rules.horizon_steps > rules.cost_factor * cost

@@ -18,6 +18,8 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "vllm
     "module",
     [
         "xllm_eplb.placement",
+        "xllm_eplb.plugin",
+        "xllm_eplb.policy",
         "xllm_kv.events",
         "xllm_kv.index",
         "xllm_plugins.activation",

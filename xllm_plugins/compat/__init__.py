@@ -21,6 +21,7 @@ SEAMS = (
     "cli_option",
     "engine_config",
     "engine_status",
+    "eplb_policy",
     "request_class",
     "scheduler_levers",
     "target_platform",
