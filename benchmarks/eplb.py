@@ -1,4 +1,4 @@
-"""Claim: as balanced as vLLM's default, at a fraction of its moves, planned in less than 20 ms.
+"""Claim: as balanced as vLLM's default, at a fraction of its moves, planned in 20 ms as a rule.
 
 Expert loads of two models over time: power laws that stand still, drift, switch topics, and noise.
 Every placement is scored on the window after the one that it was planned from:

@@ -109,10 +109,13 @@ def report_of(books: Mapping[str, Any]) -> Report:
 
 
 class Balancer:
-    """Plans the models of one process; called with what vLLM hands its own policy."""
+    """Plans the models of one process; called with what vLLM hands its own policy.
 
-    def __init__(self, rules: Rules, machine: Machine) -> None:
-        self._rules, self._machine = rules, machine
+    All ranks find the same; ``speaks`` is for the one that logs it.
+    """
+
+    def __init__(self, rules: Rules, machine: Machine, speaks: bool = True) -> None:
+        self._rules, self._machine, self._speaks = rules, machine, speaks
         self._policies: dict[tuple[int, ...], BalancePolicy] = {}
         self._books = Books()
 
@@ -160,6 +163,8 @@ class Balancer:
         return made.placement
 
     def _tell(self, made: Decision) -> None:
+        if not self._speaks:
+            return
         counts = Counter(outcome.value for outcome in made.outcomes)
         logger.info(
             "EPLB: max/mean %.3f -> %.3f, %d experts move, layers: %s",

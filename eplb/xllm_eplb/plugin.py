@@ -54,7 +54,9 @@ def planner(vllm_config: Any, experts: eplb_policy.Experts) -> eplb_policy.Rebal
         exposed=section.async_exposed if config.use_async else 1.0,
     )
     if _balancer is None:  # a draft model's experts are planned beside the model's
-        _balancer = Balancer(section.rules(), machine)
+        parallel = vllm_config.parallel_config
+        first = parallel.rank == 0 and parallel.data_parallel_rank == 0
+        _balancer = Balancer(section.rules(), machine, speaks=first)
     return _balancer.rebalance
 
 

@@ -33,7 +33,10 @@ AddModel = Callable[[Any, Any, Any], None]
 def config_of(*, eplb: bool = True, active: bool = True, **options: Any) -> Any:
     settings = {"window_size": 50, "step_interval": 200, "use_async": False, "policy": "default"}
     parallel = SimpleNamespace(
-        enable_eplb=eplb, eplb_config=SimpleNamespace(**{**settings, **options})
+        enable_eplb=eplb,
+        eplb_config=SimpleNamespace(**{**settings, **options}),
+        rank=0,
+        data_parallel_rank=0,
     )
     rows = [{"feature": "eplb", "active": active}]
     additional = {
