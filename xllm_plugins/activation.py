@@ -102,6 +102,12 @@ def activate() -> None:
     """Install what a chosen plugin needs in this process; may be called again."""
     engine_config.install(prepared_arguments, attach_features)
     engine_status.install(engine_state, tell_feature)
+    if ENV_SELECTION not in os.environ:  # --xllm-config came before --plugins
+        return
+    selection = current_selection()
+    for name, feature in registry().features().items():
+        if name in selection and feature.install is not None:
+            feature.install()
 
 
 def active_features(vllm_config: Any) -> list[Feature]:

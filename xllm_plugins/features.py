@@ -49,6 +49,8 @@ class Feature:
         check: looks at the settings alone and raises ``ConfigError`` if they name something that
             is not installed, ``NotAvailableError`` if by them the feature has nothing to do; also
             what ``xllm doctor`` asks.
+        install: called in every process of vLLM in which the feature is selected, before there is
+            a configuration; installs what other processes than the first need. May be called again.
         seams: names of the compat files it needs; one that does not hold switches it off.
         metrics: what it exports under ``xllm:``.
         report: given vLLM's engine core, in its process, says how it is; None for features that
@@ -66,6 +68,7 @@ class Feature:
     attach: Callable[[Attachment], str]
     prepare: Callable[[Any, Any], Mapping[str, Any]] | None = None
     check: Callable[[Any], None] = lambda section: None
+    install: Callable[[], None] | None = None
     seams: tuple[str, ...] = ()
     metrics: tuple[Metric, ...] = ()
     report: Callable[[Any], Report] | None = None

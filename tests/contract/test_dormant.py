@@ -108,6 +108,11 @@ def _result(outcomes: Any, name: str) -> Any:
     return outcomes[name]["result"]
 
 
+def _decision(additional: Any, feature: str) -> Any:
+    rows = additional["xllm_report"]["features"]
+    return next(row for row in rows if row["feature"] == feature)
+
+
 def test_choosing_nothing_leaves_the_environment_and_the_configuration_alone(outcomes: Any) -> None:
     assert set(_result(outcomes, "nothing").values()) == {False, None}
     plain = _result(outcomes, "plain")
@@ -152,7 +157,7 @@ def test_the_configuration_carries_scheduler_settings_and_decisions(outcomes: An
     assert configured["scheduler_cls"] == "xllm_scheduler.engine.scheduler.elastic_scheduler"
     additional = configured["additional_config"]
     assert additional["xllm"]["scheduler"]["tpot_ms"] == 77.0
-    decision = additional["xllm_report"]["features"][0]
+    decision = _decision(additional, "scheduler")
     assert decision["active"] is True, decision["reason"]
     assert decision["attached_to"] == "vllm.v1.core.sched.scheduler.Scheduler"
     json.dumps(additional)  # vLLM hashes it as JSON
@@ -161,7 +166,7 @@ def test_the_configuration_carries_scheduler_settings_and_decisions(outcomes: An
 def test_a_scheduler_of_the_users_own_is_kept(outcomes: Any) -> None:
     kept = _result(outcomes, "left out")
     assert kept["scheduler_cls"] == "their.Own"
-    decision = kept["additional_config"]["xllm_report"]["features"][0]
+    decision = _decision(kept["additional_config"], "scheduler")
     assert (decision["active"], decision["reason"]) == (
         False,
         "--scheduler-cls their.Own is kept; scheduler.mode=on wraps it",

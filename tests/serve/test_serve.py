@@ -59,7 +59,7 @@ def metrics(server: Server) -> dict[str, float]:
 
 def test_status_shows_decisions_versions_and_the_origin_of_every_value(server: Server) -> None:
     status = server.request("GET", "/xllm/v1/status")
-    scheduler = status["features"][0]
+    scheduler = next(row for row in status["features"] if row["feature"] == "scheduler")
     assert scheduler["feature"] == "scheduler"
     assert scheduler["active"] is True
     assert scheduler["mode"] == "on"

@@ -25,7 +25,8 @@ PART_HEADINGS = (
     "## How it was measured",
 )
 FOLDERS = (
-    "", "scheduler", "kv", "docs", "benchmarks", "examples/cluster", "examples/shortest_first",
+    "", "scheduler", "kv", "eplb", "docs", "benchmarks", "examples/cluster",
+    "examples/shortest_first",
 )  # fmt: skip
 PAGES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
 FEATURES = list(registry().features().values())

@@ -17,6 +17,9 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "vllm
 @pytest.mark.parametrize(
     "module",
     [
+        "xllm_eplb.placement",
+        "xllm_eplb.plugin",
+        "xllm_eplb.policy",
         "xllm_kv.events",
         "xllm_kv.index",
         "xllm_plugins.activation",

@@ -148,6 +148,7 @@ def test_settings_and_decisions_travel_beside_what_the_user_put_there(
     report = travelling[REPORT_KEY]
     rows = {row["feature"]: (row["active"], row["reason"]) for row in report["features"]}
     assert rows == {
+        "eplb": (False, "not selected"),
         "oven": (True, "its conditions hold"),
         "scheduler": (False, "not selected"),
         "service": (False, "not selected"),

@@ -72,7 +72,7 @@ def test_people_read_the_same_findings_as_text(capsys: pytest.CaptureFixture[str
             "There is no scheduler.step policy named 'elasti'; installed are elastic.",
         ),
         (
-            ["--xllm-config", '{"scheduler": {"mode": "off"}}'],
+            ["--xllm-config", '{"scheduler": {"mode": "off"}, "eplb": {"mode": "off"}}'],
             "--plugins xllm switches nothing on here.",
         ),
     ],

@@ -18,7 +18,7 @@ def xllm_policies():
 """
 
 
-OURS = ("scheduler", "service")
+OURS = ("eplb", "scheduler", "service")
 
 
 def test_our_features_are_there_and_nothing_failed() -> None:
@@ -29,7 +29,7 @@ def test_our_features_are_there_and_nothing_failed() -> None:
 
 def test_a_strangers_feature_stands_beside_ours(install: Install) -> None:
     install("oven", {"xllm_plugins": {"oven": "oven_p"}}, {"oven_p": feature_module("oven")})
-    assert list(registry().features()) == ["oven", *OURS]
+    assert list(registry().features()) == ["eplb", "oven", "scheduler", "service"]
     assert registry().sections()["oven"].__name__ == "OvenSection"
 
 

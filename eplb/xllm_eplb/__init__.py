@@ -1,0 +1,1 @@
+"""Dynamic load balancing of MoE experts: which device holds which expert, and when that changes."""

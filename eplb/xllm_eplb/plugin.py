@@ -1,0 +1,93 @@
+"""Registers the expert load balancer, exactly as a third party's plugin would register its own."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from xllm_eplb.balancer import METRICS, Balancer, Machine, report_of
+from xllm_eplb.config import EplbSection
+from xllm_plugins.compat import eplb_policy
+from xllm_plugins.errors import NotAvailableError
+from xllm_plugins.features import Attachment, Feature
+from xllm_plugins.hookspecs import hookimpl
+from xllm_plugins.status import Report
+
+_ASK_EVERY_S = 10.0  # workers answer between steps
+_balancer: Balancer | None = None  # of this worker process
+_asked: tuple[float, Report] | None = None  # of this engine process
+
+
+def attach(attachment: Attachment) -> str:
+    """Take part where vLLM's EPLB is on; workers replace its policy when they load the model."""
+    parallel = attachment.vllm_config.parallel_config
+    if not parallel.enable_eplb:
+        raise NotAvailableError("--enable-eplb is not given")
+    policy = parallel.eplb_config.policy
+    if policy != "default":
+        raise NotAvailableError(f"--eplb-config.policy {policy} is kept")
+    return "vllm.distributed.eplb.EplbState"
+
+
+def install() -> None:
+    """In every process: replace the policy of vLLM's EPLB once it takes a model."""
+    eplb_policy.install(planner)
+
+
+def planner(vllm_config: Any, experts: eplb_policy.Experts) -> eplb_policy.Rebalance | None:
+    """The planner of this process; None where the feature is not attached."""
+    from xllm_plugins.activation import active_features, section_of
+
+    global _balancer
+    if FEATURE.name not in [feature.name for feature in active_features(vllm_config)]:
+        return None
+    section = section_of(FEATURE, vllm_config)
+    assert isinstance(section, EplbSection)
+    config = vllm_config.parallel_config.eplb_config
+    machine = Machine(
+        steps=min(config.window_size, config.step_interval),
+        expert_bytes=experts.bytes,
+        expert_weights=experts.weights,
+        flops=section.device_tflops * 1e12,
+        memory_bytes=section.memory_gb_s * 1e9,
+        link_bytes=section.link_gb_s * 1e9,
+        exposed=section.async_exposed if config.use_async else 1.0,
+    )
+    if _balancer is None:  # a draft model's experts are planned beside the model's
+        parallel = vllm_config.parallel_config
+        first = parallel.rank == 0 and parallel.data_parallel_rank == 0
+        _balancer = Balancer(section.rules(), machine, speaks=first)
+    return _balancer.rebalance
+
+
+def worker_books(worker: Any) -> dict[str, Any] | None:
+    """Called in a worker process: what it has decided."""
+    return None if _balancer is None else _balancer.books()
+
+
+def report(engine_core: Any) -> Report:
+    """What the workers have decided, asked now and then."""
+    global _asked
+    now = time.monotonic()
+    if _asked is None or now - _asked[0] >= _ASK_EVERY_S:
+        books = eplb_policy.ask_worker(engine_core, worker_books)
+        _asked = (now, Report() if books is None else report_of(books))
+    return _asked[1]
+
+
+FEATURE = Feature(
+    name="eplb",
+    summary="Experts of a mixture move where it pays: balanced devices at few moves.",
+    section=EplbSection,
+    attach=attach,
+    install=install,
+    seams=("eplb_policy",),
+    metrics=METRICS,
+    report=report,
+)
+
+
+@hookimpl
+def xllm_features() -> list[Feature]:
+    """The ``eplb`` feature."""
+    return [FEATURE]
