@@ -24,6 +24,7 @@ from xllm_plugins.errors import ConfigError
 from xllm_plugins.latency import StepShape, StepTime, StepTimeModel
 from xllm_plugins.manager import registry
 from xllm_plugins.status import Report, register_reporter
+from xllm_plugins.steps import StepClock
 from xllm_scheduler.classes import classify
 from xllm_scheduler.config import SchedulerSection
 from xllm_scheduler.engine import views
@@ -31,7 +32,6 @@ from xllm_scheduler.engine.books import Books, Demand, Served, due_s, is_online
 from xllm_scheduler.engine.policy import StepPlan, StepView
 from xllm_scheduler.engine.profiles import Profile, profile_key
 from xllm_scheduler.engine.queues import ClassQueue, DeadlineLane
-from xllm_plugins.steps import StepClock
 from xllm_scheduler.plugin import POLICY_KIND
 
 if TYPE_CHECKING:

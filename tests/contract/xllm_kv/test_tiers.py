@@ -35,6 +35,7 @@ from vllm.v1.kv_offload.config import (
 )
 
 from xllm_kv.config import Admission
+from xllm_kv.tiers.block_file import read_block
 from xllm_kv.tiers.manager import HOST, GatedManager, Wanted
 from xllm_kv.tiers.spec import TiersSpec
 from xllm_kv.tiers.worker import HostCopies
@@ -291,9 +292,7 @@ def test_a_disk_that_refuses_costs_nothing_but_a_warning(
     engine.closes()
 
 
-def test_a_fetch_that_is_late_is_given_up_and_the_tier_is_left_alone_until_it_recovers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fetch_that_is_late_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from xllm_kv.tiers import disk as module
 
     engine = Engine("late", **disk(tmp_path))
@@ -305,16 +304,19 @@ def test_a_fetch_that_is_late_is_given_up_and_the_tier_is_left_alone_until_it_re
     clock = SimpleNamespace(s=0.0)
     engine = Engine("late", **disk(tmp_path))
     monkeypatch.setattr(engine.manager, "_clock", lambda: clock.s)
-    gate = module.read_block
-    held = []
-    monkeypatch.setattr(module, "read_block", lambda *args: held.append(args) or time.sleep(0.2))
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.2)
+        read_block(*args)
+
+    monkeypatch.setattr(module, "read_block", slowly)
     slow = engine.request("b", [1], prefill_ms=1.0)
     assert engine.manager.lookup(key(1), slow) is PENDING
     engine.manager.on_schedule_end(END)
     clock.s = 60.0
     assert engine.manager.lookup(key(1), slow) is MISS
     engine.settled()
-    monkeypatch.setattr(module, "read_block", gate)
-    counts = engine.manager.prices.counts["DiskTier"]
-    assert counts.late == 1
+    assert engine.manager.prices.counts["DiskTier"].late == 1
+    # It has come in the meantime, and lies in host memory.
+    assert engine.found(engine.request("c", [1]), 1) == [HIT]
     engine.closes()

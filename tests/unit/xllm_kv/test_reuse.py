@@ -71,9 +71,9 @@ def test_it_learns_that_some_are_never_used_again() -> None:
                 for key in prompt:
                     reuse.held(key)
                 held |= set(prompt)
-                for key in reuse.victims(max(0, len(held) - capacity), anything):
-                    reuse.lost(key)
-                    held.discard(key)
+                for gone in reuse.victims(len(held) - capacity, anything):
+                    reuse.lost(gone)
+                    held.discard(gone)  # type: ignore[arg-type]
             single += 6
     # The least recently used of 40 are always the sessions: 64 blocks are used between two turns.
     assert hits > 0.9 * 149 * len(sessions)
@@ -121,11 +121,11 @@ def test_it_never_gives_up_what_it_does_not_hold_nor_a_parent_before_its_child(
             before = key
             held.add(key)
             reuse.held(key)
-        for key in reuse.victims(len(held) - capacity, anything):
-            assert key in held
-            assert not any(parents[other] == key for other in held)
-            held.discard(key)
-            reuse.lost(key)
+        for gone in reuse.victims(len(held) - capacity, anything):
+            assert gone in held
+            assert not any(parents[other] == gone for other in held)
+            held.discard(gone)  # type: ignore[arg-type]
+            reuse.lost(gone)
         assert len(held) <= capacity
     reuse.clear()
     assert reuse.victims(1, anything) == []

@@ -149,6 +149,7 @@ def test_settings_and_decisions_travel_beside_what_the_user_put_there(
     rows = {row["feature"]: (row["active"], row["reason"]) for row in report["features"]}
     assert rows == {
         "eplb": (False, "not selected"),
+        "kv": (False, "not selected"),
         "oven": (True, "its conditions hold"),
         "scheduler": (False, "not selected"),
         "service": (False, "not selected"),
