@@ -116,6 +116,7 @@ class Ours:
         for block in prompt:
             self._held.add(block)
             self._reuse.held(block)
-        for block in self._reuse.victims(len(self._held) - self._capacity, lambda _: True):
-            self._reuse.lost(block)
-            self._held.discard(block)  # type: ignore[arg-type]
+        gone = self._reuse.victims(len(self._held) - self._capacity, lambda _: True)
+        for victim in gone:
+            self._reuse.lost(victim)
+        self._held.difference_update(gone)

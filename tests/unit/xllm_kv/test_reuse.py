@@ -73,7 +73,7 @@ def test_it_learns_that_some_are_never_used_again() -> None:
                 held |= set(prompt)
                 for gone in reuse.victims(len(held) - capacity, anything):
                     reuse.lost(gone)
-                    held.discard(gone)  # type: ignore[arg-type]
+                    held.discard(gone)
             single += 6
     # The least recently used of 40 are always the sessions: 64 blocks are used between two turns.
     assert hits > 0.9 * 149 * len(sessions)
@@ -124,7 +124,7 @@ def test_it_never_gives_up_what_it_does_not_hold_nor_a_parent_before_its_child(
         for gone in reuse.victims(len(held) - capacity, anything):
             assert gone in held
             assert not any(parents[other] == gone for other in held)
-            held.discard(gone)  # type: ignore[arg-type]
+            held.discard(gone)
             reuse.lost(gone)
         assert len(held) <= capacity
     reuse.clear()
