@@ -1,0 +1,179 @@
+"""Claim: KV from host memory or a disk comes in a fraction of the time to compute it again.
+
+One real vLLM server at a time, whose device holds little more than one of three long prompts, so
+that each has been given up when it is asked for again. Rounds alternate the systems; the first
+time that a prompt is asked is not counted. Beside that, what the connector costs where nothing is
+ever found again:
+
+    python -m benchmarks.kv_tiers --rounds 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import http.client
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.lab.machine import OthersMeter, cpu_name
+from benchmarks.lab.model import prepare_smollm2
+from benchmarks.lab.server import Server, serve
+
+PROMPT_WORDS, PROMPTS, TOKENS = 700, 3, 16
+COMPUTED, HOST, DISK = "computed", "host", "disk"
+SYSTEMS = (COMPUTED, HOST, DISK)
+CLAIMS = {HOST: 0.15, DISK: 0.3}
+CLAIM_PREFILL, CLAIM_DECODE = 0.97, 0.98
+SERVER_ARGS = (
+    "--enforce-eager", "--max-model-len", "3200", "--dtype", "float32",
+    "--num-gpu-blocks-override", "27",
+)  # fmt: skip
+FRESH, FRESH_TOKENS = 6, 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer: its prompt's tokens, time to the first token, time of all others, and text."""
+
+    prompt_tokens: int
+    ttft_s: float
+    rest_s: float
+    text: str
+
+
+@dataclass
+class Found:
+    """What a system showed.
+
+    Attributes:
+        again: answers to prompts that the device had given up.
+        fresh: answers to prompts that nobody had asked before.
+        first: texts of the first time.
+    """
+
+    again: list[Answer] = field(default_factory=list)
+    fresh: list[Answer] = field(default_factory=list)
+    first: list[str] = field(default_factory=list)
+
+
+def main() -> None:
+    """Runs the comparison."""
+    options = _options()
+    console, others = Console(), OthersMeter()
+    found = {system: Found() for system in SYSTEMS}
+    for number in range(options.rounds):
+        for system in SYSTEMS:
+            console.print(f"round {number + 1} of {options.rounds}: {system}")
+            measure(system, number, found[system])
+    console.print(_table(found))
+    console.print(f"{cpu_name()}; others used {others.share():.1%} of the CPUs")
+    texts = {system: [a.text for a in one.again] for system, one in found.items()}
+    same = all(texts[system] == texts[COMPUTED] for system in SYSTEMS)
+    console.print(f"greedy text {'equal' if same else 'NOT EQUAL'} in all systems")
+    if options.json:
+        plain = {system: dataclasses.asdict(one) for system, one in found.items()}
+        options.json.write_text(json.dumps(plain, indent=1))
+
+
+def measure(system: str, number: int, found: Found) -> None:
+    """One round of one system on a fresh server."""
+    rng = random.Random(number)
+    prompts = [_prompt(rng, PROMPT_WORDS) for _ in range(PROMPTS)]
+    fresh = [_prompt(rng, PROMPT_WORDS // 4) for _ in range(FRESH)]
+    with tempfile.TemporaryDirectory(prefix="xllm-kv-") as folder:
+        args = [*SERVER_ARGS, *_options_of(system, folder)]
+        with serve(prepare_smollm2(), args=args) as server:
+            for prompt in prompts:
+                found.first.append(ask(server, prompt, TOKENS).text)
+            for prompt in prompts:
+                found.again.append(ask(server, prompt, TOKENS))
+            found.fresh += [ask(server, prompt, FRESH_TOKENS) for prompt in fresh]
+
+
+def _options_of(system: str, folder: str) -> list[str]:
+    if system == COMPUTED:
+        return []
+    # Before the disk there is host memory for little more than one prompt.
+    tier = {"host_gib": 1.0} if system == HOST else {"host_gib": 0.16, "disk": folder}
+    return ["--plugins", "xllm.kv", "--xllm-config", json.dumps({"kv": tier})]
+
+
+def ask(server: Server, prompt: str, tokens: int) -> Answer:
+    """Stream one completion."""
+    body = {
+        "model": server.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0,
+        "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    began_s, first_s, text, prompt_tokens = time.perf_counter(), 0.0, "", 0
+    with closing(http.client.HTTPConnection(server.host, server.port, timeout=300)) as connection:
+        headers = {"content-type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        for line in connection.getresponse():
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            if chunk["choices"]:
+                first_s = first_s or time.perf_counter()
+                text += chunk["choices"][0]["text"]
+            else:
+                prompt_tokens = chunk["usage"]["prompt_tokens"]
+    return Answer(prompt_tokens, first_s - began_s, time.perf_counter() - first_s, text)
+
+
+def _prompt(rng: random.Random, words: int) -> str:
+    return " ".join(f"{rng.choice(_WORDS)}{rng.randrange(1000)}" for _ in range(words))
+
+
+_WORDS = ("river", "stone", "cloud", "field", "light", "wind")
+
+
+def _table(found: dict[str, Found]) -> Table:
+    table = Table(
+        "system", "TTFT p50, s", "of computing", "claim", "fresh: prefill", "fresh: decode"
+    )
+    base = found[COMPUTED]
+    ttft = _median([a.ttft_s for a in base.again])
+    for system, one in found.items():
+        mine = _median([a.ttft_s for a in one.again])
+        claim = f"{CLAIMS[system]:.2f}" if system in CLAIMS else ""
+        table.add_row(
+            system, f"{mine:.3f}", f"{mine / ttft:.3f}", claim,
+            f"{_ratio([a.ttft_s for a in base.fresh], [a.ttft_s for a in one.fresh]):.3f}",
+            f"{_ratio([a.rest_s for a in base.fresh], [a.rest_s for a in one.fresh]):.3f}",
+        )  # fmt: skip
+    tokens = _median([float(a.prompt_tokens) for a in base.again])
+    table.caption = (
+        f"prompts of {tokens:.0f} tokens; fresh: speed against computing, of which at least "
+        f"{CLAIM_PREFILL} and {CLAIM_DECODE} are claimed"
+    )
+    return table
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def _ratio(base: Sequence[float], mine: Sequence[float]) -> float:
+    return _median(base) / _median(mine)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=2, help="servers of each system")
+    parser.add_argument("--json", type=Path, help="where the figures go as well")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
