@@ -29,6 +29,10 @@ if TIERS not in KVConnectorFactory._registry:
 class XLLMConnector(multi_connector.MultiConnector):  # type: ignore[misc]
     """See the module; its children are built by vLLM from ``connectors``."""
 
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        with _own_cores():
+            super().__init__(vllm_config, role, kv_cache_config)
+
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Hand the device's KV to every child, and keep the cores that this thread computes on."""
         with _own_cores():

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import requests
 
-from benchmarks.lab.nixl import calm, nixl_args, nixl_env
+from benchmarks.lab.nixl import nixl_env
 from benchmarks.lab.router import TOKEN, RouterProcess, cores, route
 from benchmarks.lab.server import Server, free_port, serve
 from tests.serve.conftest import SERVER_ARGS
@@ -69,7 +69,10 @@ class Fleet:
 def fleet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     logs = tmp_path_factory.mktemp("router")
     router_port = free_port()
-    config = {"service": {"routers": f"http://127.0.0.1:{router_port}", "token": TOKEN}}
+    config = {
+        "service": {"routers": f"http://127.0.0.1:{router_port}", "token": TOKEN},
+        "kv": {"transfer": "nixl", "host_gib": 0.25},
+    }
     with contextlib.ExitStack() as stack:
         router = stack.enter_context(
             route("--routing", "slo_aware", port=router_port, log_path=logs / "router")
@@ -85,12 +88,11 @@ def fleet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fle
             }
             args = [
                 *SERVER_ARGS, "--plugins", "xllm", "--xllm-config", json.dumps(config),
-                "--served-model-name", "smol", *nixl_args(),
+                "--served-model-name", "smol",
             ]  # fmt: skip
             try:
                 log = logs / f"server-{core}"
                 servers.append(stack.enter_context(serve(model, args=args, env=env, log_path=log)))
-                calm(servers[-1].pid, core)
             except BaseException as error:  # noqa: BLE001 - told in the main thread
                 failures.append(error)
 

@@ -31,6 +31,7 @@ _PORT_ENV = "_XLLM_KV_EVENTS_PORT"  # one choice for all processes of an instanc
 # systems give to outgoing connections would often be gone.
 _PORTS = range(20_000, 32_000)
 _AGAIN_S = 2.0
+_KEEPERS = frozenset({"OffloadingConnector", "SimpleCPUOffloadConnector", "TiersConnector"})
 logger = logging.getLogger("vllm.xllm_scheduler")
 
 
@@ -134,7 +135,11 @@ def record_of(config: Any, args: Any, section: ServiceSection, engine: Mapping[s
 
 def _transfers(transfer: Any) -> bool:
     """Whether KV can go both ways, so that any role can be had."""
-    return transfer is not None and transfer.kv_role == "kv_both"
+    if transfer is None or transfer.kv_role != "kv_both":
+        return False
+    children = transfer.kv_connector_extra_config.get("connectors", ())
+    names = {child["kv_connector"] for child in children} or {transfer.kv_connector}
+    return not names <= _KEEPERS
 
 
 def _publishers(events: Any, url: str, ranks: int) -> tuple[Sequence[str], Sequence[str]]:
