@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.lab.machine import OthersMeter, cpu_name
+from benchmarks.lab.machine import cpu_name
 from benchmarks.lab.model import prepare_smollm2
 from benchmarks.lab.server import Server, serve
 
@@ -70,14 +70,14 @@ class Found:
 def main() -> None:
     """Runs the comparison."""
     options = _options()
-    console, others = Console(), OthersMeter()
+    console = Console()
     found = {system: Found() for system in SYSTEMS}
     for number in range(options.rounds):
         for system in SYSTEMS:
             console.print(f"round {number + 1} of {options.rounds}: {system}")
             measure(system, number, found[system])
     console.print(_table(found))
-    console.print(f"{cpu_name()}; others used {others.share():.1%} of the CPUs")
+    console.print(cpu_name())
     texts = {system: [a.text for a in one.again] for system, one in found.items()}
     same = all(texts[system] == texts[COMPUTED] for system in SYSTEMS)
     console.print(f"greedy text {'equal' if same else 'NOT EQUAL'} in all systems")
