@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ import pytest
 from benchmarks.lab.model import prepare_smollm2
 from benchmarks.lab.server import Server, serve
 
+SHARED_GIB = shutil.disk_usage("/dev/shm").free / 2**30  # a container may have 64 MiB
 SERVER_ARGS = ("--enforce-eager", "--max-model-len", "2048", "--dtype", "float32")
 
 

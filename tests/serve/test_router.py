@@ -19,7 +19,7 @@ import requests
 from benchmarks.lab.nixl import nixl_env
 from benchmarks.lab.router import TOKEN, RouterProcess, cores, route
 from benchmarks.lab.server import Server, free_port, serve
-from tests.serve.conftest import SERVER_ARGS
+from tests.serve.conftest import SERVER_ARGS, SHARED_GIB
 from xllm_scheduler.service.fleet import index_name
 
 pytestmark = pytest.mark.serve
@@ -71,7 +71,7 @@ def fleet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fle
     router_port = free_port()
     config = {
         "service": {"routers": f"http://127.0.0.1:{router_port}", "token": TOKEN},
-        "kv": {"transfer": "nixl", "host_gib": 0.25},
+        "kv": {"transfer": "nixl", "host_gib": 0.25 if SHARED_GIB > 1.0 else 0.0},
     }
     with contextlib.ExitStack() as stack:
         router = stack.enter_context(
