@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from xllm_plugins.compat import Target
@@ -43,6 +44,17 @@ def manager_of(connector: Any) -> Any:
 def policy_of(manager: Any) -> Any:
     """The cache policy of a tiering manager's host tier."""
     return manager.primary_tier._policy
+
+
+def unname_region(spec: Any) -> None:
+    """Take the name of the shared memory away once everybody has it: it then ends with them.
+
+    Workers map it before the scheduler does. A scheduler that made it waits for them still, and
+    then its name has to stay.
+    """
+    region = spec._scheduler_mmap
+    if not region._creator:
+        Path(region.mmap_path).unlink(missing_ok=True)
 
 
 def moved(connector_output: Any) -> tuple[tuple[int, float], tuple[int, float]]:

@@ -35,6 +35,7 @@ class TiersSpec(TieringOffloadingSpec):  # type: ignore[misc]
         """The manager of vLLM, behind our decisions."""
         if self._gated is None:
             inner = super().get_manager()
+            kv_tiers.unname_region(self)
             policy = kv_tiers.policy_of(inner)
             settings: dict[str, Any] = self.extra_config["xllm"]
             self._gated = GatedManager(
