@@ -146,15 +146,16 @@ def _divided(prefills: int) -> list[Role]:
 
 
 def simulated(
-    system: str, scheduler: str, work: Work, factor: float, plan: Sequence[int] = ()
-) -> Run:
-    """One run, to the last answer."""
+    system: str, scheduler: str, work: Work, factor: float, plan: Sequence[int] = (),
+    *, least: float = 0.0,
+) -> Run:  # fmt: skip
+    """One run, to the last answer or until the least attainment is out of reach."""
     roles, routing, role_policy = policies(system, plan)
     every_s = 0.1 if system in (PUBLISHED, CODED) else 1.0
     spec = ClusterSpec(roles, LINKS[LINK], drain=False, roles_every_s=every_s)
     profile = find_profile(GPU, MODEL, TENSOR_PARALLEL)
     cluster = Cluster(spec, _engine(scheduler), profile, routing, role_policy)
-    return cluster.run([Stream("online", True, SLO, asks=work.asks(factor))])
+    return cluster.run([Stream("online", True, SLO, asks=work.asks(factor))], least=least)
 
 
 def highest(
@@ -163,7 +164,8 @@ def highest(
     """The highest factor at the attainment, searched from ``first`` on, and its goodput."""
 
     def summary(factor: float) -> Summary:
-        return simulated(system, scheduler, work, factor * first, plan).summary()
+        run = simulated(system, scheduler, work, factor * first, plan, least=ATTAINMENT)
+        return run.summary()
 
     factor, points = highest_rate(summary, attainment=ATTAINMENT, precision=PRECISION)
     return factor * first, max(

@@ -2,8 +2,7 @@
 
 One real vLLM server at a time, whose device holds little more than one of three long prompts, so
 that each has been given up when it is asked for again. Rounds alternate the systems; the first
-time that a prompt is asked is not counted. Beside that, what the connector costs where nothing is
-ever found again:
+time that a prompt is asked is not counted:
 
     python -m benchmarks.kv_tiers --rounds 2
 """
@@ -34,12 +33,10 @@ PROMPT_WORDS, PROMPTS, TOKENS = 700, 3, 16
 COMPUTED, HOST, DISK = "computed", "host", "disk"
 SYSTEMS = (COMPUTED, HOST, DISK)
 CLAIMS = {HOST: 0.15, DISK: 0.3}
-CLAIM_PREFILL, CLAIM_DECODE = 0.97, 0.98
 SERVER_ARGS = (
     "--enforce-eager", "--max-model-len", "3200", "--dtype", "float32",
     "--num-gpu-blocks-override", "27",
 )  # fmt: skip
-FRESH, FRESH_TOKENS = 6, 64
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,10 @@ class Found:
 
     Attributes:
         again: answers to prompts that the device had given up.
-        fresh: answers to prompts that nobody had asked before.
         first: texts of the first time.
     """
 
     again: list[Answer] = field(default_factory=list)
-    fresh: list[Answer] = field(default_factory=list)
     first: list[str] = field(default_factory=list)
 
 
@@ -89,8 +84,7 @@ def main() -> None:
 def measure(system: str, number: int, found: Found) -> None:
     """One round of one system on a fresh server."""
     rng = random.Random(number)
-    prompts = [_prompt(rng, PROMPT_WORDS) for _ in range(PROMPTS)]
-    fresh = [_prompt(rng, PROMPT_WORDS // 4) for _ in range(FRESH)]
+    prompts = [prompt_of(rng, PROMPT_WORDS) for _ in range(PROMPTS)]
     with tempfile.TemporaryDirectory(prefix="xllm-kv-") as folder:
         args = [*SERVER_ARGS, *_options_of(system, folder)]
         with serve(prepare_smollm2(), args=args) as server:
@@ -98,7 +92,6 @@ def measure(system: str, number: int, found: Found) -> None:
                 found.first.append(ask(server, prompt, TOKENS).text)
             for prompt in prompts:
                 found.again.append(ask(server, prompt, TOKENS))
-            found.fresh += [ask(server, prompt, FRESH_TOKENS) for prompt in fresh]
 
 
 def _options_of(system: str, folder: str) -> list[str]:
@@ -131,7 +124,8 @@ def ask(server: Server, prompt: str, tokens: int) -> Answer:
     return Answer(prompt_tokens, first_s - began_s, time.perf_counter() - first_s, text)
 
 
-def _prompt(rng: random.Random, words: int) -> str:
+def prompt_of(rng: random.Random, words: int) -> str:
+    """So many words that no other prompt begins with, a few tokens each."""
     return " ".join(f"{rng.choice(_WORDS)}{rng.randrange(1000)}" for _ in range(words))
 
 
@@ -139,33 +133,20 @@ _WORDS = ("river", "stone", "cloud", "field", "light", "wind")
 
 
 def _table(found: dict[str, Found]) -> Table:
-    table = Table(
-        "system", "TTFT p50, s", "of computing", "claim", "fresh: prefill", "fresh: decode"
-    )
+    table = Table("system", "TTFT p50, s", "of computing", "claim")
     base = found[COMPUTED]
     ttft = _median([a.ttft_s for a in base.again])
     for system, one in found.items():
         mine = _median([a.ttft_s for a in one.again])
         claim = f"{CLAIMS[system]:.2f}" if system in CLAIMS else ""
-        table.add_row(
-            system, f"{mine:.3f}", f"{mine / ttft:.3f}", claim,
-            f"{_ratio([a.ttft_s for a in base.fresh], [a.ttft_s for a in one.fresh]):.3f}",
-            f"{_ratio([a.rest_s for a in base.fresh], [a.rest_s for a in one.fresh]):.3f}",
-        )  # fmt: skip
+        table.add_row(system, f"{mine:.3f}", f"{mine / ttft:.3f}", claim)
     tokens = _median([float(a.prompt_tokens) for a in base.again])
-    table.caption = (
-        f"prompts of {tokens:.0f} tokens; fresh: speed against computing, of which at least "
-        f"{CLAIM_PREFILL} and {CLAIM_DECODE} are claimed"
-    )
+    table.caption = f"prompts of {tokens:.0f} tokens"
     return table
 
 
 def _median(values: Sequence[float]) -> float:
     return statistics.median(values)
-
-
-def _ratio(base: Sequence[float], mine: Sequence[float]) -> float:
-    return _median(base) / _median(mine)
 
 
 def _options() -> argparse.Namespace:

@@ -90,12 +90,12 @@ def _trace(path: Path) -> Sequence[Ask]:
     return read_trace(path)
 
 
-def simulated(policy: str, asks: Sequence[Ask]) -> Run:
-    """All instances mixed, to the last answer."""
+def simulated(policy: str, asks: Sequence[Ask], least: float = 0.0) -> Run:
+    """All instances mixed, to the last answer or until the least attainment is out of reach."""
     spec = ClusterSpec([Role.MIXED] * INSTANCES, LINKS["rdma-400g"])
     profile = find_profile(GPU, MODEL, TENSOR_PARALLEL)
     cluster = Cluster(spec, _engine(), profile, policy_of(policy))
-    return cluster.run([Stream("online", True, SLO, asks=asks)])
+    return cluster.run([Stream("online", True, SLO, asks=asks)], least=least)
 
 
 def at_recorded_rate(path: Path, policy: str, seconds: float) -> Result:
@@ -112,7 +112,7 @@ def goodput(path: Path, policy: str, slice_s: float) -> tuple[float, float]:
     asks = between(_trace(path), 0.0, slice_s)
 
     def summary(factor: float) -> Summary:
-        return simulated(policy, scaled(asks, factor)).summary()
+        return simulated(policy, scaled(asks, factor), ATTAINMENT).summary()
 
     factor, points = highest_rate(summary, attainment=ATTAINMENT, precision=PRECISION)
     best = max((p.summary.goodput_s for p in points if p.factor == factor), default=0.0)

@@ -83,12 +83,16 @@ class Cluster:
         self._backlogs: list[deque[Ask]] = []
         self._to_come = 0
         self._finished = 0
+        self._online_to_come = 0
+        self._over_late = 0  # online requests that are over and missed an SLO
+        self._missed = 0  # those and whose first token was late, by the last sample
 
     def run(
         self,
         streams: Sequence[Stream],
         *,
         seconds: float | None = None,
+        least: float = 0.0,
         progress: Progress | None = None,
     ) -> Run:
         """Run until all requests that come at their times are done.
@@ -96,6 +100,8 @@ class Cluster:
         Args:
             streams: what is asked.
             seconds: stop then instead, whatever is still under way.
+            least: stop as soon as this attainment is out of reach; what came until then tells
+                no more than that.
             progress: is told how it goes.
 
         Raises:
@@ -107,6 +113,7 @@ class Cluster:
         for instance in self._instances.values():
             self._join(instance)
         self._plan()
+        affordable = (1.0 - least) * self._online_to_come
         end_s = float("inf") if seconds is None else START_S + seconds
         told_s = START_S
         for now_s in self._agenda.happen(end_s):
@@ -114,6 +121,8 @@ class Cluster:
                 told_s = now_s
                 progress(now_s - START_S, self._finished)
             if seconds is None and not self._to_come:
+                break
+            if self._missed > affordable:
                 break
         last_s = self._clock.now_s if seconds is None else end_s
         return Run(
@@ -133,6 +142,8 @@ class Cluster:
         at = self._agenda.at
         for at_s, index, item in arrivals(self._streams):
             self._to_come += 1
+            if self._streams[index].online:
+                self._online_to_come += len(item.turns) if isinstance(item, Session) else 1
             at(START_S + at_s, self._arrive, index, item)
         for index, stream in enumerate(self._streams):
             for _ in range(stream.outstanding):
@@ -275,6 +286,7 @@ class Cluster:
         active = self._active.pop(request_id)
         stream = self._streams[active.stream]
         self._finished += 1
+        self._over_late += active.outcome.online and not active.outcome.met
         self._fleet.finished(self._view(active), active.outcome.tokens, self._clock.now_s)
         if stream.outstanding:
             self._agenda.after(0.0, self._take_next, active.stream)
@@ -414,6 +426,9 @@ class Cluster:
 
     def _sample(self) -> None:
         now_s = self._clock.now_s
+        self._missed = self._over_late + sum(
+            active.outcome.late_by(now_s - START_S) for active in self._active.values()
+        )
         for name, instance in self._instances.items():
             beat = instance.beat()
             tokens, offline = self._seen.get(name, (0, 0))

@@ -61,6 +61,11 @@ class Outcome:
         self.tokens += tokens
         self.finished = self.tokens >= self.wanted_tokens
 
+    def late_by(self, now_s: float) -> bool:
+        """Whether its first token came too late, or would if it came now; never if offline."""
+        first_s = now_s if self.first_s is None else self.first_s
+        return self.online and (first_s - self.arrival_s) * 1e3 > self.slo.ttft_ms
+
     @property
     def ttft_ms(self) -> float | None:
         """Time to the first token; None if none came."""

@@ -44,10 +44,11 @@ def simulate(
     role_policy: RolePolicy | None = None,
     failures: Sequence[Failure] = (),
     seconds: float | None = None,
+    least: float = 0.0,
 ) -> Run:
     spec = ClusterSpec(roles, LINKS[link], failures=failures)
     cluster = Cluster(spec, engine, PROFILE, routing or least_loaded(), role_policy)
-    return cluster.run(streams, seconds=seconds)
+    return cluster.run(streams, seconds=seconds, least=least)
 
 
 def chat(*asks: Ask) -> Stream:
@@ -69,6 +70,15 @@ def test_a_request_alone_takes_its_steps(engine: Engines) -> None:
     decodes = [shape.base + shape.decode + shape.context * (1000 + i) for i in range(10)]
     assert one.tpot_ms == pytest.approx(sum(decodes) / 10)
     assert (one.tokens, one.finished, run.steps) == (11, True, 11)
+
+
+def test_a_run_ends_when_its_attainment_is_out_of_reach(engine: Engines) -> None:
+    easy, hard = chat(*poisson(2.0)), chat(*poisson(60.0, prompt=8000))
+    assert simulate(engine(), easy, least=0.9).outcomes == simulate(engine(), easy).outcomes
+    whole, ended = simulate(engine(), hard), simulate(engine(), hard, least=0.9)
+    assert ended.summary().attainment < 0.9
+    assert ended.steps < 0.5 * whole.steps
+    assert whole.summary().attainment < 0.9
 
 
 def test_a_prompt_in_the_prefix_cache_is_not_computed_again(engine: Engines) -> None:
