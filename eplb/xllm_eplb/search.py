@@ -113,12 +113,12 @@ class _Books:
             expert = expert[rows]
             ids = self.held[rows] + self.row[rows][:, :, None]
             weight = np.take(self.share.ravel(), ids)
-            total = weight.sum(-1)
+            total = np.einsum("lds->ld", weight)
             if self.nodes > 1:
                 total += self._same_node(rows, expert) * (_OTHER_NODE * self.mean[rows])[:, None]
             total[self.on[rows, :, expert]] = np.inf
-            spare = np.take((self.counts > self.need).ravel(), ids)
-            after = np.where(spare, total[:, :, None] - weight, np.inf).reshape(len(rows), -1)
+            gives = np.where(self.counts > self.need, self.share, -np.inf)
+            after = (total[:, :, None] - np.take(gives.ravel(), ids)).reshape(len(rows), -1)
             slot = after.argmin(1)
             found = np.isfinite(after[np.arange(len(rows)), slot])
             # Every slot to spare is on a device that has the expert: it makes do with fewer.
