@@ -104,8 +104,7 @@ class _Books:
     def _replicate(self) -> None:
         """Give experts the replicas they need, the heaviest first, each on the lightest device."""
         while True:
-            waits = np.where(self.counts == 0, np.inf, self.share)
-            waits = np.where(self.counts < self.need, waits, -1.0)
+            waits = np.where(self.counts < self.need, self.share, -1.0)
             expert = waits.argmax(1)
             rows = np.flatnonzero(waits[np.arange(self.layers), expert] >= 0)
             if not len(rows):

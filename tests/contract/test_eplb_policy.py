@@ -14,9 +14,10 @@ from vllm.distributed.eplb import eplb_state
 from vllm.distributed.eplb.policy import AbstractEplbPolicy, DefaultEplbPolicy
 
 from xllm_eplb import plugin
-from xllm_eplb.balancer import Balancer, Machine
+from xllm_eplb.balancer import Balancer
 from xllm_eplb.placement import Topology, check_placement, imbalance
 from xllm_eplb.policy import Rules
+from xllm_eplb.trace import Machine
 from xllm_plugins.activation import REPORT_KEY, SETTINGS_KEY
 from xllm_plugins.compat import eplb_policy
 from xllm_plugins.config import section_values

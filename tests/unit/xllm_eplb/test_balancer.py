@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from tests.unit.xllm_eplb.loads import initial, skewed
-from xllm_eplb.balancer import METRICS, Balancer, Machine, report_of
+from xllm_eplb.balancer import METRICS, Balancer, report_of
 from xllm_eplb.config import EplbSection
 from xllm_eplb.placement import Topology, check_placement, imbalance, moves
 from xllm_eplb.policy import Rules
 from xllm_eplb.search import Floats
+from xllm_eplb.trace import Machine
 
 MACHINE = Machine(
     steps=100,
