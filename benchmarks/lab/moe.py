@@ -27,6 +27,11 @@ NUMBERS = (
     "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, "
     "100 + 200 = 300, 310 + 7 = 317, 20 * 4 = 80, 3.14159, 2.71828, 1000, 1001, 1002, 1003, 1004"
 )
+PROSE_PROMPTS = tuple(
+    f"Once upon a time there was a {who} who lived by the" for who in ("king", "cat", "boy")
+)
+NUMBERS_PROMPTS = tuple(f"{n}, {n + 1}, {n + 2}, {n + 3}, {n + 4}," for n in (1, 30, 200))
+ONE_CORE_A_RANK = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 # How an expert's router leans: above 0 to prose, below to numbers. Layers take it in turn.
 _LEANS = (0.0, 0.0, 2.0, 1.6, 0.0, -1.6, -2.0, 0.0)
 _APART = 0.03  # of a weight's standard deviation, by which copies of it differ
@@ -42,6 +47,24 @@ def prepare_smollm2_moe(cache: Path = MODELS) -> Path:
                 _build(dense, Path(name) / "made")
                 (Path(name) / "made").rename(target)
     return target
+
+
+def two_ranks(interval: int, window: int) -> list[str]:
+    """Options of a server that divides the experts among two ranks, each with five slots.
+
+    The settings describe a machine on which moving pays for this toy at a handful of tokens.
+
+    Args:
+        interval: engine steps between two plans.
+        window: steps that each is made from.
+    """
+    eplb = {"num_redundant_experts": 2, "step_interval": interval, "window_size": window}
+    settings = {"device_tflops": 0.05, "memory_gb_s": 1e5, "link_gb_s": 1.0, "on_cpu": True}
+    return [
+        "--tensor-parallel-size", "2", "--enable-expert-parallel", "--enable-eplb",
+        "--eplb-config", json.dumps(eplb),
+        "--plugins", "xllm.eplb", "--xllm-config", json.dumps({"eplb": settings}),
+    ]  # fmt: skip
 
 
 def _build(dense: Path, target: Path) -> None:

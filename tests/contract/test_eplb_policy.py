@@ -93,6 +93,16 @@ def test_without_the_feature_vllms_policy_stays(
     assert policy_in(config, add_model, monkeypatch) is DefaultEplbPolicy
 
 
+def test_a_planner_keeps_what_it_was_given_while_vllms_map_changes() -> None:
+    balancer = Balancer(Rules(), MACHINE)
+    policy: Any = eplb_policy.policy_class(balancer.rebalance)
+    old = (torch.arange(72) % 64).repeat(1, 1)
+    policy.rebalance_experts(torch.arange(1, 65).repeat(1, 1) * 1000, 72, 1, 1, 8, old)
+    before = old.tolist()
+    old.zero_()
+    assert balancer.windows(0)[0]["placement"] == before
+
+
 def test_the_experts_size_is_that_of_their_tensors() -> None:
     found = eplb_policy._experts(MODEL)
     assert found == eplb_policy.Experts(bytes=(16 * 8 + 4 * 2) * 4, weights=16 * 8 + 4 * 2)

@@ -35,7 +35,13 @@ def pytest_configure() -> None:
 
         @classmethod
         def rebalance_experts(
-            cls, weight: Any, num_replicas: int, groups: int, nodes: int, ranks: int, old: Any = None
+            cls,
+            weight: Any,
+            num_replicas: int,
+            groups: int,
+            nodes: int,
+            ranks: int,
+            old: Any = None,
         ) -> Any:
             if old is None:
                 old = torch.full((len(weight), num_replicas), -1)

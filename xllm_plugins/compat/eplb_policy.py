@@ -136,7 +136,8 @@ def policy_class(rebalance: Rebalance) -> type:
                     num_groups,
                     num_nodes,
                     num_ranks,
-                    old_global_expert_indices.to(torch.int64).cpu().numpy(),
+                    # A copy: where vLLM keeps it on a CPU, it goes on changing.
+                    old_global_expert_indices.to(torch.int64).cpu().numpy().copy(),
                 )
             if found is None:
                 return DefaultEplbPolicy.rebalance_experts(
