@@ -166,7 +166,7 @@ class Balancer:
             logger.warning("vLLM's own policy plans: %s", error)
             return None
         resized = _resized(current, slots)
-        if resized is current and not load.any():
+        if not load.any() and resized is current and (current != EMPTY).all():
             return current  # vLLM's profile run, or no traffic yet
         key = (*load.shape, topology.slots)
         policy = self._policies.get(key)
