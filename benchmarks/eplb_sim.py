@@ -1,4 +1,4 @@
-"""Claim: under switching topics DeepSeek-V3 decodes more with ours than with vLLM's default.
+"""Claim: under switching topics DeepSeek-V3 decodes at least as much as with vLLM's default.
 
 Steady decoding on four nodes of eight H200 each, 1,024 requests to a node, experts over all 32
 devices. A step takes what the simulator's profile of a node says, and for each layer what its
