@@ -30,7 +30,7 @@ NUMBERS = (
 PROSE_PROMPTS = tuple(
     f"Once upon a time there was a {who} who lived by the" for who in ("king", "cat", "boy")
 )
-NUMBERS_PROMPTS = tuple(f"{n}, {n + 1}, {n + 2}, {n + 3}, {n + 4}," for n in (1, 30, 200))
+NUMBERS_PROMPTS = tuple(f"{n}, {n + 1}, {n + 2}, {n + 3}, {n + 4}, {n + 5}," for n in (1, 30, 200))
 ONE_CORE_A_RANK = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 # How an expert's router leans: above 0 to prose, below to numbers. Layers take it in turn.
 _LEANS = (0.0, 0.0, 2.0, 1.6, 0.0, -1.6, -2.0, 0.0)
