@@ -6,6 +6,7 @@ plain Python: their placements are comparable, the time they take is not.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from xllm_eplb.placement import Topology, imbalance, replica_counts
 from xllm_eplb.policy import BalancePolicy
 from xllm_eplb.search import Floats, Ints
+from xllm_plugins.compat.eplb_policy import default_plan
 
 
 class Rule(Protocol):
@@ -35,17 +37,7 @@ class VllmDefault:
 
     def __call__(self, load: Floats, current: Ints, topology: Topology) -> Ints:
         """Everything planned anew from this window."""
-        import torch
-        from vllm.distributed.eplb.policy import DefaultEplbPolicy
-
-        found: Ints = DefaultEplbPolicy.rebalance_experts(
-            torch.from_numpy(load),
-            topology.physical,
-            topology.groups,
-            topology.nodes,
-            topology.devices,
-            torch.from_numpy(current),
-        ).numpy()
+        found: Ints = default_plan(load, current, asdict(topology))
         return found
 
 

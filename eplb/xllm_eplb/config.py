@@ -49,6 +49,9 @@ class EplbSection(Section):
         at_least=0.0,
         at_most=1.0,
     )
+    on_cpu: bool = option(
+        False, "for development: expert parallelism and EPLB on vLLM's CPU platform"
+    )
 
     def rules(self) -> Rules:
         """What is worth a move."""

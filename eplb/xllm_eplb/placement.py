@@ -108,13 +108,8 @@ def _settled(before: Ints, after: Ints, topology: Topology) -> Ints:
     changed = np.flatnonzero((settled != new).any(1))
     old, new = settled[changed], new[changed]
     same = old.astype(np.int32)[:, :, None] == new.astype(np.int32)[:, None, :]
-    stays, was = same.any(2), same.any(1)
-    free = np.argsort(stays, 1, kind="stable")  # slots whose expert has left come first
-    come = np.argsort(was, 1, kind="stable")  # and experts that were not here before
-    fills = np.take_along_axis(new, come, 1)
-    kept = np.take_along_axis(stays, free, 1)
-    values = np.where(kept, np.take_along_axis(old, free, 1), fills)
-    np.put_along_axis(old, free, values, 1)
+    # A device gets as many experts that it had not as it has slots whose expert leaves.
+    old[~same.any(2)] = new[~same.any(1)]
     settled[changed] = old
     return settled.reshape(before.shape)
 

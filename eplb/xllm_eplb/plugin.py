@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from xllm_eplb.balancer import METRICS, Balancer, Machine, report_of
+from xllm_eplb import command
+from xllm_eplb.balancer import METRICS, Balancer, report_of
 from xllm_eplb.config import EplbSection
-from xllm_plugins.compat import eplb_policy
+from xllm_eplb.trace import Machine
+from xllm_plugins.compat import eplb_cpu, eplb_policy, inspect_seam
 from xllm_plugins.errors import NotAvailableError
 from xllm_plugins.features import Attachment, Feature
 from xllm_plugins.hookspecs import hookimpl
@@ -16,6 +21,16 @@ from xllm_plugins.status import Report
 _ASK_EVERY_S = 10.0  # workers answer between steps
 _balancer: Balancer | None = None  # of this worker process
 _asked: tuple[float, Report] | None = None  # of this engine process
+
+
+def prepare(engine_args: Any, section: EplbSection) -> Mapping[str, Any]:
+    """Let vLLM configure EPLB on a CPU where that is asked for."""
+    if not (section.on_cpu and engine_args.enable_eplb):
+        return {}
+    found = inspect_seam("eplb_cpu")
+    if not found.holds:
+        raise NotAvailableError(f"eplb.on_cpu: seam eplb_cpu does not hold: {found.reason}")
+    return {"eplb_config": eplb_cpu.allow(engine_args.eplb_config)} if eplb_cpu.is_cpu() else {}
 
 
 def attach(attachment: Attachment) -> str:
@@ -31,18 +46,28 @@ def attach(attachment: Attachment) -> str:
 
 def install() -> None:
     """In every process: replace the policy of vLLM's EPLB once it takes a model."""
-    eplb_policy.install(planner)
+    eplb_policy.install(planner, stalled)
+    eplb_cpu.install(on_cpu)
+
+
+def on_cpu(vllm_config: Any) -> bool:
+    """Whether this worker shall do on a CPU what vLLM does on GPUs only."""
+    section = _section(vllm_config)
+    return section is not None and section.on_cpu and eplb_cpu.is_cpu()
+
+
+def stalled(seconds: float) -> None:
+    """Count a rearrangement of this process."""
+    if _balancer is not None:
+        _balancer.stalled(seconds)
 
 
 def planner(vllm_config: Any, experts: eplb_policy.Experts) -> eplb_policy.Rebalance | None:
     """The planner of this process; None where the feature is not attached."""
-    from xllm_plugins.activation import active_features, section_of
-
     global _balancer
-    if FEATURE.name not in [feature.name for feature in active_features(vllm_config)]:
+    section = _section(vllm_config)
+    if section is None:
         return None
-    section = section_of(FEATURE, vllm_config)
-    assert isinstance(section, EplbSection)
     config = vllm_config.parallel_config.eplb_config
     machine = Machine(
         steps=min(config.window_size, config.step_interval),
@@ -60,6 +85,17 @@ def planner(vllm_config: Any, experts: eplb_policy.Experts) -> eplb_policy.Rebal
     return _balancer.rebalance
 
 
+def _section(vllm_config: Any) -> EplbSection | None:
+    """The settings with which the feature is attached; None where it is not."""
+    from xllm_plugins.activation import active_features, section_of
+
+    if FEATURE.name not in [feature.name for feature in active_features(vllm_config)]:
+        return None
+    section = section_of(FEATURE, vllm_config)
+    assert isinstance(section, EplbSection)
+    return section
+
+
 def worker_books(worker: Any) -> dict[str, Any] | None:
     """Called in a worker process: what it has decided."""
     return None if _balancer is None else _balancer.books()
@@ -75,15 +111,36 @@ def report(engine_core: Any) -> Report:
     return _asked[1]
 
 
+def worker_windows(after: int, worker: Any) -> list[dict[str, Any]]:
+    """Called in a worker process: the loads that it planned from after plan number ``after``."""
+    return [] if _balancer is None else _balancer.windows(after)
+
+
+def tell(engine_core: Any, command: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The last windows of loads, of plans after ``after``."""
+    ask = functools.partial(worker_windows, int(command["after"]))
+    return {"windows": eplb_policy.ask_worker(engine_core, ask)}
+
+
+def endpoints(app: Any) -> None:
+    """Let ``xllm eplb record`` read the loads."""
+    from xllm_eplb.api import add_endpoints
+
+    add_endpoints(app)
+
+
 FEATURE = Feature(
     name="eplb",
     summary="Experts of a mixture move where it pays: balanced devices at few moves.",
     section=EplbSection,
+    prepare=prepare,
     attach=attach,
     install=install,
     seams=("eplb_policy",),
     metrics=METRICS,
     report=report,
+    tell=tell,
+    endpoints=endpoints,
 )
 
 
@@ -91,3 +148,9 @@ FEATURE = Feature(
 def xllm_features() -> list[Feature]:
     """The ``eplb`` feature."""
     return [FEATURE]
+
+
+@hookimpl
+def xllm_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``xllm eplb``."""
+    command.add_command(subparsers)

@@ -104,8 +104,7 @@ class _Books:
     def _replicate(self) -> None:
         """Give experts the replicas they need, the heaviest first, each on the lightest device."""
         while True:
-            waits = np.where(self.counts == 0, np.inf, self.share)
-            waits = np.where(self.counts < self.need, waits, -1.0)
+            waits = np.where(self.counts < self.need, self.share, -1.0)
             expert = waits.argmax(1)
             rows = np.flatnonzero(waits[np.arange(self.layers), expert] >= 0)
             if not len(rows):
@@ -113,12 +112,12 @@ class _Books:
             expert = expert[rows]
             ids = self.held[rows] + self.row[rows][:, :, None]
             weight = np.take(self.share.ravel(), ids)
-            total = weight.sum(-1)
+            total = np.einsum("lds->ld", weight)
             if self.nodes > 1:
                 total += self._same_node(rows, expert) * (_OTHER_NODE * self.mean[rows])[:, None]
             total[self.on[rows, :, expert]] = np.inf
-            spare = np.take((self.counts > self.need).ravel(), ids)
-            after = np.where(spare, total[:, :, None] - weight, np.inf).reshape(len(rows), -1)
+            gives = np.where(self.counts > self.need, self.share, -np.inf)
+            after = (total[:, :, None] - np.take(gives.ravel(), ids)).reshape(len(rows), -1)
             slot = after.argmin(1)
             found = np.isfinite(after[np.arange(len(rows)), slot])
             # Every slot to spare is on a device that has the expert: it makes do with fewer.

@@ -14,9 +14,10 @@ from vllm.distributed.eplb import eplb_state
 from vllm.distributed.eplb.policy import AbstractEplbPolicy, DefaultEplbPolicy
 
 from xllm_eplb import plugin
-from xllm_eplb.balancer import Balancer, Machine
+from xllm_eplb.balancer import Balancer
 from xllm_eplb.placement import Topology, check_placement, imbalance
 from xllm_eplb.policy import Rules
+from xllm_eplb.trace import Machine
 from xllm_plugins.activation import REPORT_KEY, SETTINGS_KEY
 from xllm_plugins.compat import eplb_policy
 from xllm_plugins.config import section_values
@@ -90,6 +91,16 @@ def test_without_the_feature_vllms_policy_stays(
     config: Any, add_model: AddModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert policy_in(config, add_model, monkeypatch) is DefaultEplbPolicy
+
+
+def test_a_planner_keeps_what_it_was_given_while_vllms_map_changes() -> None:
+    balancer = Balancer(Rules(), MACHINE)
+    policy: Any = eplb_policy.policy_class(balancer.rebalance)
+    old = (torch.arange(72) % 64).repeat(1, 1)
+    policy.rebalance_experts(torch.arange(1, 65).repeat(1, 1) * 1000, 72, 1, 1, 8, old)
+    before = old.tolist()
+    old.zero_()
+    assert balancer.windows(0)[0]["placement"] == before
 
 
 def test_the_experts_size_is_that_of_their_tensors() -> None:

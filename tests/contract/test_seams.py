@@ -17,7 +17,7 @@ from xllm_plugins.errors import CompatError
 pytestmark = pytest.mark.vllm
 
 # vLLM before 0.26 has no endpoint plugins, so there is nobody to ask for the engine's status.
-ABSENT = {"0.23.0": {"engine_status", "kv_tiers", "target_platform"}}
+ABSENT = {"0.23.0": {"engine_status", "eplb_cpu", "kv_tiers", "target_platform"}}
 
 
 def test_the_vllm_under_test_is_the_one_that_is_meant() -> None:

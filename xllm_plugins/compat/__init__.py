@@ -21,6 +21,7 @@ SEAMS = (
     "cli_option",
     "engine_config",
     "engine_status",
+    "eplb_cpu",
     "eplb_policy",
     "kv_connector",
     "kv_tiers",

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -49,8 +50,12 @@ Make = Callable[[Any, Experts], Rebalance | None]
 """Given vLLM's configuration and the experts' size, the planner; None to leave vLLM's."""
 
 
-def install(make: Make) -> None:
-    """Have ``make`` asked for a planner whenever vLLM's EPLB takes a model."""
+def install(make: Make, stalled: Callable[[float], None]) -> None:
+    """Have ``make`` asked for a planner whenever vLLM's EPLB takes a model.
+
+    ``stalled`` is told for how many seconds an engine stood still to rearrange; where vLLM moves
+    experts asynchronously, to begin with it.
+    """
 
     def wrap(original: Any) -> Any:
         @functools.wraps(original)
@@ -61,8 +66,20 @@ def install(make: Make) -> None:
 
         return add_model
 
+    def wrap_rearrange(original: Any) -> Any:
+        @functools.wraps(original)
+        def rearrange(self: Any, is_profile: bool = False, *args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            found = original(self, is_profile, *args, **kwargs)
+            if not is_profile:
+                stalled(time.perf_counter() - started)
+            return found
+
+        return rearrange
+
     def patch_state(module: ModuleType) -> None:
         patch(module.EplbState, "add_model", wrap, "eplb_policy")
+        patch(module.EplbState, "rearrange", wrap_rearrange, "eplb_policy")
 
     when_imported(f"{_EPLB}.eplb_state", patch_state)
 
@@ -119,7 +136,8 @@ def policy_class(rebalance: Rebalance) -> type:
                     num_groups,
                     num_nodes,
                     num_ranks,
-                    old_global_expert_indices.to(torch.int64).cpu().numpy(),
+                    # A copy: where vLLM keeps it on a CPU, it goes on changing.
+                    old_global_expert_indices.to(torch.int64).cpu().numpy().copy(),
                 )
             if found is None:
                 return DefaultEplbPolicy.rebalance_experts(
@@ -129,6 +147,21 @@ def policy_class(rebalance: Rebalance) -> type:
             return torch.from_numpy(found.copy())
 
     return XllmEplbPolicy
+
+
+def default_plan(load: Any, current: Any, machine: Mapping[str, int]) -> Any:
+    """What vLLM's default makes of an array of loads; ``machine`` is a topology in plain types."""
+    import torch
+    from vllm.distributed.eplb.policy import DefaultEplbPolicy
+
+    return DefaultEplbPolicy.rebalance_experts(
+        torch.from_numpy(load),
+        machine["devices"] * machine["slots"],
+        machine["groups"],
+        machine["nodes"],
+        machine["devices"],
+        torch.from_numpy(current),
+    ).numpy()
 
 
 def ask_worker(engine_core: Any, ask: Callable[[Any], Any]) -> Any:

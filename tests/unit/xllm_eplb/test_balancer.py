@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from tests.unit.xllm_eplb.loads import initial, skewed
-from xllm_eplb.balancer import METRICS, Balancer, Machine, report_of
+from xllm_eplb.balancer import METRICS, Balancer, report_of
 from xllm_eplb.config import EplbSection
 from xllm_eplb.placement import Topology, check_placement, imbalance, moves
 from xllm_eplb.policy import Rules
 from xllm_eplb.search import Floats
+from xllm_eplb.trace import Machine
 
 MACHINE = Machine(
     steps=100,
@@ -48,6 +49,36 @@ def test_the_profile_run_changes_nothing_and_teaches_nothing() -> None:
     found = balancer.rebalance(np.zeros((3, EXPERTS)), SLOTS, 1, 1, DEVICES, FIRST)
     assert found is FIRST
     assert balancer.books()["plans"] == 0
+
+
+def test_empty_slots_are_filled_though_there_was_no_traffic() -> None:
+    current = FIRST.copy()
+    current[:, -3:] = -1  # vLLM marks the slots of a device that has come
+    found = Balancer(Rules(), MACHINE).rebalance(
+        np.zeros((3, EXPERTS)), SLOTS, 1, 1, DEVICES, current
+    )
+    assert found is not None
+    check_placement(found, EXPERTS, Topology(DEVICES, SLOTS // DEVICES))
+
+
+def test_a_process_counts_how_long_it_planned_and_stood_still() -> None:
+    ticks = iter([1.0, 1.5])
+    balancer = Balancer(Rules(), MACHINE, clock=lambda: next(ticks))
+    balancer.rebalance(counts(), SLOTS, 1, 1, DEVICES, FIRST)
+    for seconds in (0.2, 0.6, 0.1):
+        balancer.stalled(seconds)
+    books = balancer.books()
+    assert books["plan_s"] == 0.5
+    assert (books["stall_s"], books["longest_stall_s"]) == (pytest.approx(0.9), 0.6)
+
+
+def test_each_layer_says_what_was_measured_moved_and_decided() -> None:
+    balancer = Balancer(Rules(), MACHINE)
+    balancer.rebalance(counts(), SLOTS, 1, 1, DEVICES, FIRST)
+    books = balancer.books()
+    assert books["measured"] == pytest.approx(imbalance(counts(), FIRST, DEVICES), abs=1e-4)
+    assert (books["layer_outcomes"], sum(books["layer_moves"])) == (["moved"] * 3, books["moves"])
+    assert all(new < old for new, old in zip(books["imbalance"], books["measured"], strict=True))
 
 
 def test_bad_statistics_leave_the_experts_where_they_are() -> None:

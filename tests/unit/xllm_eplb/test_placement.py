@@ -20,7 +20,7 @@ from xllm_eplb.placement import (
     place,
     replica_counts,
 )
-from xllm_eplb.search import Floats, Ints
+from xllm_eplb.search import EMPTY, Floats, Ints
 
 
 def repeats(placement: Ints, devices: int) -> int:
@@ -290,3 +290,10 @@ def test_a_topology_that_cannot_be_is_refused() -> None:
         Topology(4, 0)
     with pytest.raises(PlacementError, match="nodes is 3; allowed is a divisor of the 4 devices"):
         Topology(4, 2, nodes=3)
+
+
+def test_on_an_empty_machine_the_heaviest_expert_gets_its_replicas_first() -> None:
+    load = np.array([[1000.0, 1.0, 1.0, 1.0]])
+    found = place(load, np.full((1, 6), EMPTY), Topology(2, 3))
+    assert replica_counts(found, 4).tolist() == [[2, 2, 1, 1]]
+    assert imbalance(load, found, 2)[0] < 1.01
