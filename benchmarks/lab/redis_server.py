@@ -49,6 +49,16 @@ class RedisServer:
                 raise ServerError("redis-server did not start")
             time.sleep(0.05)
 
+    @property
+    def running(self) -> bool:
+        """Whether it has been started and not stopped since."""
+        return self._process is not None and self._process.returncode is None
+
+    def signal(self, number: int) -> None:
+        """Send it one; SIGSTOP makes it silent."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
     def stop(self) -> None:
         """End it at once; it can be started again."""
         if self._process is not None:

@@ -128,6 +128,7 @@ class RemoteTier(StoreTier):
         value = self._client.get(self._name(key))
         if value is None:
             raise BlockError("the block is not there any more")
+        assert isinstance(value, bytes)
         try:
             unpack(value, self._identity + key, into)
         except BlockError:

@@ -1,0 +1,387 @@
+"""Claim: whatever happens to KV in tiers, no answer is wrong, none fails, and no space is lost.
+
+A real vLLM server with host memory for three of a dozen prompts, a disk and a Redis behind it, is
+asked at random while files and values are damaged, the disk is filled, the store is killed or
+stopped, and the server itself is killed while it writes. Every answer is compared with that of a
+server without xllm:
+
+    python -m benchmarks.kv_faults --faults 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import http.client
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from benchmarks.lab.machine import cpu_name
+from benchmarks.lab.model import ROOT, prepare_smollm2
+from benchmarks.lab.redis_server import RedisServer, redis_server
+from benchmarks.lab.server import Server, ServerError, serve
+
+PROMPTS, WORDS, TOKENS, ASKED = 12, 40, 8, 2
+BLOCK_TOKENS = 32
+SERVER_ARGS = (
+    "--enforce-eager", "--max-model-len", "320", "--dtype", "float32",
+    "--block-size", str(BLOCK_TOKENS), "--num-gpu-blocks-override", "12",
+)  # fmt: skip
+CHUNK_BYTES = 30 * 2 * 3 * 64 * BLOCK_TOKENS * 4  # layers, K and V, heads, width, tokens, bytes
+QUOTA_GIB, DISK_MB, STORE_MB = 24 * CHUNK_BYTES / 2**30, 45, 45
+SETTINGS = {"host_gib": 14 * CHUNK_BYTES / 2**30, "disk_gib": QUOTA_GIB}
+KILLED_EVERY = 50  # faults; a start takes a minute
+DISK, STORE = "DiskTier", "RemoteTier"
+
+
+@dataclass
+class Outcome:
+    """What came of it.
+
+    Attributes:
+        faults: by kind.
+        asked, wrong, failed: requests; those that were cut off by a kill do not count.
+        tiers: counts of the tiers, summed over all servers.
+        mid_write: kills that hit the server while it wrote a file.
+        disk_bytes, unfinished, shared: what is left on the disk, of it unfinished, and files of
+            host memory.
+        store_bytes: what the store says that it uses.
+    """
+
+    faults: Counter[str] = field(default_factory=Counter)
+    asked: int = 0
+    wrong: int = 0
+    failed: int = 0
+    tiers: dict[str, Counter[str]] = field(default_factory=dict)
+    mid_write: int = 0
+    disk_bytes: int = 0
+    unfinished: int = 0
+    shared: int = 0
+    store_bytes: int = 0
+    errors: list[str] = field(default_factory=list)
+
+
+class Faults:
+    """Damages what tiers hold.
+
+    Args:
+        folder: of the disk tier.
+        full: whether the folder's file system is small, and may be filled.
+        store: the remote one.
+        rng: what decides.
+    """
+
+    def __init__(self, folder: Path, full: bool, store: RedisServer, rng: random.Random) -> None:
+        self._folder, self._store, self._rng = folder, store, rng
+        self._filler = folder / "filler"
+        self._stopped = False
+        values = (self.flip, self.truncate, self.delete, self.swap)
+        self._kinds: list[Callable[[], str | None]] = [
+            *(lambda kind=kind: kind(self._file()) for kind in values),
+            *(lambda kind=kind: kind(self._value()) for kind in values),
+            *([self.fill] if full else []),
+            self.kill_store,
+            self.stop_store,
+            self.drop_folder,
+        ]
+
+    def inject(self) -> str:
+        """Do one of them, and name it."""
+        while True:
+            name = self._rng.choices(self._kinds, [3] * 8 + [1] * (len(self._kinds) - 8))[0]()
+            if name is not None:
+                return name
+
+    def flip(self, block: Block | None) -> str | None:
+        """One bit of a block."""
+        if block is None:
+            return None
+        data = bytearray(block.read())
+        if not data:
+            return None
+        data[self._rng.randrange(len(data))] ^= 1 << self._rng.randrange(8)
+        block.write(bytes(data))
+        return f"{block.where}: a bit flipped"
+
+    def truncate(self, block: Block | None) -> str | None:
+        """The end of a block is gone."""
+        if block is None:
+            return None
+        data = block.read()
+        block.write(data[: self._rng.randrange(len(data) + 1)])
+        return f"{block.where}: truncated"
+
+    def delete(self, block: Block | None) -> str | None:
+        """A block is gone."""
+        if block is None:
+            return None
+        block.remove()
+        return f"{block.where}: deleted"
+
+    def swap(self, block: Block | None) -> str | None:
+        """A block lies under another's name."""
+        other = None if block is None else (self._file if block.where == "disk" else self._value)()
+        if block is None or other is None:
+            return None
+        block.write(other.read())
+        return f"{block.where}: swapped"
+
+    def fill(self) -> str:
+        """The disk is full, or is no longer."""
+        if self._filler.exists():
+            self._filler.unlink()
+            return "disk: free again"
+        with suppress(OSError), self._filler.open("wb") as file:
+            while True:
+                file.write(bytes(1 << 20))
+        return "disk: full"
+
+    def drop_folder(self) -> str | None:
+        """A whole folder of the disk is gone."""
+        folders = [path for path in self._folder.glob("*/*") if path.is_dir()]
+        if not folders:
+            return None
+        folder = self._rng.choice(folders)
+        for path in folder.iterdir():
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
+        return "disk: a folder deleted"
+
+    def kill_store(self) -> str:
+        """The store dies with all that it holds, or comes again."""
+        self._go_on()
+        if self._store.running:
+            self._store.stop()
+            return "store: killed"
+        self._store.start()
+        return "store: started"
+
+    def stop_store(self) -> str | None:
+        """The store takes connections and says nothing, or goes on."""
+        if not self._store.running:
+            return None
+        if self._stopped:
+            self._go_on()
+            return "store: goes on"
+        self._store.signal(signal.SIGSTOP)
+        self._stopped = True
+        return "store: silent"
+
+    def _go_on(self) -> None:
+        if self._stopped:
+            self._store.signal(signal.SIGCONT)
+            self._stopped = False
+
+    def mend(self) -> None:
+        """Undo what lasts."""
+        self._filler.unlink(missing_ok=True)
+        self._go_on()
+        if not self._store.running:
+            self._store.start()
+
+    def _file(self) -> Block | None:
+        files = sorted(path for path in self._folder.glob("*/*/*") if path.name[0] != ".")
+        return File(self._rng.choice(files)) if files else None
+
+    def _value(self) -> Block | None:
+        if self._stopped or not self._store.running:
+            return None
+        client = redis.Redis(port=self._store.port)
+        names = sorted(client.keys())
+        return Value(client, self._rng.choice(names)) if names else None
+
+
+@dataclass
+class File:
+    """A block on disk."""
+
+    path: Path
+    where: str = "disk"
+
+    def read(self) -> bytes:
+        """Its bytes; none where it has just gone."""
+        with suppress(FileNotFoundError):
+            return self.path.read_bytes()
+        return b""
+
+    def write(self, data: bytes) -> None:
+        """Put others there; as many as fit."""
+        with suppress(OSError):
+            self.path.write_bytes(data)
+
+    def remove(self) -> None:
+        """Delete it."""
+        self.path.unlink(missing_ok=True)
+
+
+@dataclass
+class Value:
+    """A block in the store."""
+
+    client: Any
+    name: bytes | str
+    where: str = "store"
+
+    def read(self) -> bytes:
+        """Its bytes."""
+        return self.client.get(self.name) or b""
+
+    def write(self, data: bytes) -> None:
+        """Put others there; as many as fit."""
+        with suppress(redis.RedisError):
+            self.client.set(self.name, data)
+
+    def remove(self) -> None:
+        """Delete it."""
+        self.client.delete(self.name)
+
+
+Block = File | Value
+
+
+def run(count: int, seed: int, outcome: Outcome) -> None:
+    """Ask, damage and compare."""
+    rng = random.Random(seed)
+    words = ("river", "stone", "cloud", "field", "light", "wind")
+    prompts = [
+        f"{n} " + " ".join(f"{rng.choice(words)}{rng.randrange(99)}" for _ in range(WORDS))
+        for n in range(PROMPTS)
+    ]
+    model = prepare_smollm2()
+    with serve(model, args=SERVER_ARGS) as server:
+        expected = [ask(server, prompt) for prompt in prompts]
+    limits = ("--maxmemory", f"{STORE_MB}mb", "--maxmemory-policy", "allkeys-lru")
+    shared = set(Path("/dev/shm").glob("vllm_offload_*"))
+    with small_disk() as (folder, full), redis_server(*limits) as store:
+        faults = Faults(folder, full, store, rng)
+        settings = {"kv": {**SETTINGS, "disk": str(folder), "remote": store.url}}
+        args = (*SERVER_ARGS, "--plugins", "xllm.kv", "--xllm-config", json.dumps(settings))
+
+        def compare(server: Server, number: int) -> None:
+            outcome.asked += 1
+            try:
+                outcome.wrong += ask(server, prompts[number]) != expected[number]
+            except (ServerError, OSError, http.client.HTTPException) as error:
+                outcome.failed += 1
+                outcome.errors.append(str(error)[:300])
+
+        while outcome.faults.total() < count:
+            with serve(model, args=args) as server:
+                for number in range(PROMPTS):
+                    compare(server, number)
+                for _ in range(min(KILLED_EVERY - 1, count - outcome.faults.total())):
+                    name = faults.inject()
+                    outcome.faults[name] += 1
+                    for number in rng.choices(range(PROMPTS), k=ASKED):
+                        compare(server, number)
+                    seen = f"{outcome.wrong} wrong, {outcome.failed} failed of {outcome.asked}"
+                    print(outcome.faults.total(), name, seen, flush=True)
+                faults.mend()
+                add(outcome.tiers, server)
+                if outcome.faults.total() < count:
+                    outcome.mid_write += kill_in_mid_write(server, prompts, folder)
+                    outcome.faults["server: killed"] += 1
+        with serve(model, args=args) as server:  # what the last of them left is put in order
+            for number in range(PROMPTS):
+                compare(server, number)
+            add(outcome.tiers, server)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        outcome.disk_bytes = sum(path.stat().st_size for path in files)
+        outcome.unfinished = sum(path.name.startswith(".") for path in files)
+        outcome.store_bytes = redis.Redis(port=store.port).info("memory")["used_memory"]
+    outcome.shared = len(set(Path("/dev/shm").glob("vllm_offload_*")) - shared)
+
+
+def kill_in_mid_write(server: Server, prompts: list[str], folder: Path) -> bool:
+    """Kill a server that is being asked; whether a file was half written then."""
+
+    def asked() -> None:
+        for number in range(100):
+            with suppress(ServerError, OSError, http.client.HTTPException):
+                ask(server, f"{number} {prompts[number % len(prompts)]}")
+
+    threading.Thread(target=asked, daemon=True).start()
+    until_s = time.monotonic() + 30.0
+    while time.monotonic() < until_s:
+        if any(folder.glob("*/*/.*")):
+            os.killpg(server.pid, signal.SIGKILL)
+            return any(folder.glob("*/*/.*"))
+    os.killpg(server.pid, signal.SIGKILL)
+    return False
+
+
+def ask(server: Server, prompt: str) -> str:
+    """The greedy answer."""
+    body = {"model": server.model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+    text: str = server.request("POST", "/v1/completions", body)["choices"][0]["text"]
+    return text
+
+
+def add(totals: dict[str, Counter[str]], server: Server) -> None:
+    """Add what a server's tiers have counted."""
+    (engine,) = server.request("GET", "/xllm/v1/status")["engines"]
+    for tier, counts in engine["kv"]["tiers"].items():
+        totals.setdefault(tier, Counter()).update(counts)
+
+
+@contextmanager
+def small_disk() -> Iterator[tuple[Path, bool]]:
+    """A folder on a file system that can be filled, where this user may mount one."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="xllm-kv-"))
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", folder]
+        full = subprocess.run(mount, capture_output=True).returncode == 0
+        if full:
+            stack.callback(subprocess.run, ["umount", folder], check=True)
+        else:
+            print("a small file system cannot be mounted: the disk is never full")
+        yield Path(folder), full
+
+
+def main() -> int:
+    """Damages, prints; status 1 if an answer was wrong or failed, or space was lost."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--json", type=Path, default=ROOT / "benchmarks" / "results" / "kv_faults.json"
+    )
+    options = parser.parse_args()
+    outcome = Outcome()
+    run(options.faults, options.seed, outcome)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(dataclasses.asdict(outcome), indent=1) + "\n")
+    for name, number in sorted(outcome.faults.items()):
+        print(f"{number:4} {name}")
+    for tier in (DISK, STORE):
+        counts = outcome.tiers[tier]
+        print(f"{tier}: {counts['fetched_bytes'] / 2**20:.0f} MiB fetched, "
+              f"{counts['stored_bytes'] / 2**20:.0f} MiB stored, {counts['errors']} errors, "
+              f"{counts['skipped']} blocks not written, {counts['late']} late")  # fmt: skip
+    quota = round(QUOTA_GIB * 2**30) + 24 * 4096
+    print(f"wrong {outcome.wrong}, failed {outcome.failed} of {outcome.asked} {outcome.errors[:2]}")
+    print(f"left: {outcome.disk_bytes} bytes on disk of {quota}, {outcome.unfinished} unfinished, "
+          f"{outcome.shared} files of host memory, {outcome.store_bytes} bytes in the store; "
+          f"{outcome.mid_write} kills in mid-write; {cpu_name()}")  # fmt: skip
+    lost = outcome.unfinished or outcome.shared or outcome.disk_bytes > quota
+    return 1 if outcome.wrong or outcome.failed or lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
