@@ -45,7 +45,6 @@ SERVER_ARGS = (
 CHUNK_BYTES = 30 * 2 * 3 * 64 * BLOCK_TOKENS * 4  # layers, K and V, heads, width, tokens, bytes
 QUOTA_GIB, DISK_MB, STORE_MB = 24 * CHUNK_BYTES / 2**30, 45, 45
 SETTINGS = {"host_gib": 14 * CHUNK_BYTES / 2**30, "disk_gib": QUOTA_GIB}
-KILLED_EVERY = 50  # faults; a start takes a minute
 DISK, STORE = "DiskTier", "RemoteTier"
 
 
@@ -255,7 +254,7 @@ class Value:
 Block = File | Value
 
 
-def run(count: int, seed: int, outcome: Outcome) -> None:
+def run(count: int, killed_every: int, seed: int, outcome: Outcome) -> None:
     """Ask, damage and compare."""
     rng = random.Random(seed)
     words = ("river", "stone", "cloud", "field", "light", "wind")
@@ -285,7 +284,7 @@ def run(count: int, seed: int, outcome: Outcome) -> None:
             with serve(model, args=args) as server:
                 for number in range(PROMPTS):
                     compare(server, number)
-                for _ in range(min(KILLED_EVERY - 1, count - outcome.faults.total())):
+                for _ in range(min(killed_every - 1, count - outcome.faults.total())):
                     name = faults.inject()
                     outcome.faults[name] += 1
                     for number in rng.choices(range(PROMPTS), k=ASKED):
@@ -358,13 +357,14 @@ def main() -> int:
     """Damages, prints; status 1 if an answer was wrong or failed, or space was lost."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--killed-every", type=int, default=50, help="faults; a start takes long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--json", type=Path, default=ROOT / "benchmarks" / "results" / "kv_faults.json"
     )
     options = parser.parse_args()
     outcome = Outcome()
-    run(options.faults, options.seed, outcome)
+    run(options.faults, options.killed_every, options.seed, outcome)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(dataclasses.asdict(outcome), indent=1) + "\n")
     for name, number in sorted(outcome.faults.items()):

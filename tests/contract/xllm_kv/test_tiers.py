@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,6 +177,44 @@ def test_a_disk_that_refuses_costs_nothing_but_a_warning(
     engine.settled()
     assert engine.found(engine.request("b", [1]), 1) == [HIT]
     assert engine.manager.prices.counts["DiskTier"].errors == 1
+    engine.closes()
+
+
+def test_a_folder_that_is_deleted_is_made_again(tmp_path: Path) -> None:
+    engine = Engine("deleted", **disk(tmp_path / "kv"))
+    engine.keeps(engine.request("a", [1]), [1])
+    engine.settled()
+    shutil.rmtree(tmp_path / "kv")
+    engine.keeps(engine.request("b", [2]), [2])
+    engine.settled()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [key(2).hex()]
+    engine.manager.reset_cache()
+    assert engine.found(engine.request("c", [1]), 1) == [MISS]
+    engine.closes()
+
+
+def test_what_cannot_even_be_removed_is_missed(tmp_path: Path) -> None:
+    engine = Engine("stuck", **disk(tmp_path))
+    engine.keeps(engine.request("a", [1]), [1])
+    engine.settled()
+    (file,) = tmp_path.rglob(key(1).hex())
+    file.unlink()
+    file.mkdir()
+    engine.manager.reset_cache()
+    assert engine.found(engine.request("b", [1]), 1) == [MISS]
+    engine.closes()
+
+
+def test_what_a_killed_process_had_not_finished_goes(tmp_path: Path) -> None:
+    engine = Engine("killed", **disk(tmp_path))
+    engine.keeps(engine.request("a", [1]), [1])
+    engine.settled()
+    engine.closes()
+    (file,) = tmp_path.rglob(key(1).hex())
+    (file.parent / f".{key(2).hex()}.4711").write_bytes(file.read_bytes()[:100])
+    engine = Engine("again", **disk(tmp_path))
+    assert engine.found(engine.request("b", [1, 2]), 1, 2) == [HIT, MISS]
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
     engine.closes()
 
 
