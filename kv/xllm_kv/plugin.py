@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from xllm_kv.config import KvSection, Transfer
 from xllm_kv.report import METRICS, report_of
@@ -19,7 +20,6 @@ from xllm_plugins.hookspecs import hookimpl
 
 CONNECTOR, MODULE = "MultiConnector", "xllm_kv.connector"
 TIERS, TIERS_MODULE = "TiersConnector", "xllm_kv.tiers.connector"
-_SCHEMES = ("redis://", "rediss://")
 _GIB = 1 << 30
 _SHARED = Path("/dev/shm")  # noqa: S108 - where vLLM keeps what scheduler and workers share
 
@@ -32,13 +32,21 @@ def check(section: KvSection) -> None:
             f"kv.{behind[0]} is set and kv.host_gib is 0; allowed is more than 0, since KV comes "
             "and goes through host memory."
         )
-    if section.remote and not section.remote.startswith(_SCHEMES):
+    if section.remote and not _is_address(section.remote):
         raise ConfigError(
-            f"kv.remote begins with {section.remote.split(':')[0]!r}; allowed are redis:// and "
-            "rediss://."
+            "kv.remote is not an address; allowed is redis://[USER:PASSWORD@]HOST[:PORT][/DB] or "
+            "the same with rediss://."
         )
     if not section.host_gib and section.transfer is Transfer.NONE:
         raise NotAvailableError("neither kv.host_gib nor kv.transfer is set")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        found = urlsplit(url)
+        return found.scheme in ("redis", "rediss") and bool(found.hostname) and found.port != 0
+    except ValueError:  # its port is none
+        return False
 
 
 def prepare(engine_args: Any, section: KvSection) -> Mapping[str, Any]:

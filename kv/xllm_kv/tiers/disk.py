@@ -99,4 +99,6 @@ def _found(folder: Path) -> list[bytes]:
                     found.append((entry.stat().st_mtime_ns, bytes.fromhex(entry.name)))
                 except ValueError:
                     Path(entry.path).unlink(missing_ok=True)
+                except FileNotFoundError:  # another instance has given it up
+                    continue
     return [key for _, key in sorted(found)]

@@ -59,7 +59,6 @@ class _Asked:
     counted: bool = False
     priced: bool = False
     late: bool = False
-    probed: OffloadKey | None = None
     refused: set[int] = field(default_factory=set)  # groups with a hole, of which no more is kept
 
 
@@ -95,6 +94,7 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
         self._ranks = reuse is not None
         self._reuse = reuse if reuse is not None else Reuse(capacity)
         self._asked: dict[str, _Asked] = {}
+        self._probed: dict[str, tuple[OffloadKey, ReqContext]] = {}
 
     def plan(self, req_id: str, wanted: Wanted) -> None:
         """Decide how much of a request's prompt is fetched."""
@@ -145,16 +145,14 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
         """Fetch one chunk of a tier that was refused, with nobody waiting for it."""
         for key, run in zip(wanted.chains[0][wanted.first :], runs, strict=False):
             if run.tier == tier:
-                asked.probed = key
+                self._probed[asked.context.req_id] = (key, asked.context)
                 return
 
     def _look(self) -> None:
         """Look for what is probed, which a tier may take a while to answer."""
-        for asked in self._asked.values():
-            if asked.probed is not None:
-                found = self._inner.lookup(asked.probed, asked.context)
-                if found is not LookupResult.RETRY:
-                    asked.probed = None
+        for req_id, (key, context) in list(self._probed.items()):
+            if self._inner.lookup(key, context) is not LookupResult.RETRY:
+                del self._probed[req_id]
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """See vLLM's class; what is not worth its fetch, or late, is missed."""
@@ -174,7 +172,7 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
         if not asked.late:
             asked.late = True
             for tier in self._inner.secondary_tiers:
-                if getattr(tier, "busy", True):
+                if tier.busy:
                     self.prices.late(tier.tier_type)
         return LookupResult.MISS
 
@@ -212,6 +210,7 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
     def on_request_finished(self, req_context: ReqContext) -> None:
         """See vLLM's class."""
         self._asked.pop(req_context.req_id, None)
+        self._probed.pop(req_context.req_id, None)
         self._inner.on_request_finished(req_context)
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> Any:

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +26,11 @@ from vllm.v1.kv_offload.base import Locality
 from vllm.v1.kv_offload.config import OffloadingModelConfig
 
 from tests.contract.xllm_kv.harness import END, HIT, MISS, TOKENS, Engine, key
-from xllm_kv.prices import TierCounts
+from xllm_kv.config import KvSection
+from xllm_kv.plugin import prepare
+from xllm_kv.prices import PROBE_S, TierCounts
 from xllm_kv.tiers import remote
+from xllm_plugins.errors import ConfigError
 
 pytestmark = [
     pytest.mark.vllm,
@@ -208,6 +212,32 @@ def test_a_silent_store_is_waited_for_no_longer_than_that_pays(
         # The next one does not wait at all.
         assert engine.manager.lookup(key(1), engine.request("b", [1])) is MISS
         engine.closes()
+
+
+def test_a_late_tier_is_looked_at_with_nobody_waiting_and_comes_back(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept(start(), [1, 2])
+    engine, now = start(), [0.0]
+    monkeypatch.setattr(engine.manager, "_clock", lambda: now[0])
+    engine.manager.prices.late("RemoteTier")
+    now[0] += PROBE_S
+    asked = engine.request("a", [1, 2])
+    assert engine.manager.lookup(key(1), asked) is MISS
+    engine.settled()
+    while counts(engine).fetched_bytes == 0:
+        engine.manager.on_schedule_end(END)
+    assert engine.found(engine.request("b", [2]), 2) == [HIT]
+
+
+def test_the_address_is_not_in_what_vllm_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "redis://:hidden@kv.example"
+    section = KvSection(host_gib=0.01, remote=url)
+    args = SimpleNamespace(kv_transfer_config=None, kv_offloading_size=None)
+    with pytest.raises(ConfigError, match="XLLM_KV_REMOTE"):
+        prepare(args, section)  # it came in --additional-config
+    monkeypatch.setenv("XLLM_KV_REMOTE", url)
+    assert "hidden" not in repr(prepare(args, section)["kv_transfer_config"])
 
 
 def test_writing_that_lags_behind_is_not_queued(
