@@ -48,7 +48,7 @@ def main() -> int:
     options = parser.parse_args()
     with redis_server() as store, closing(SlowLink(store.port)) as link:
         url = f"redis://127.0.0.1:{link.port}"
-        settings = json.dumps({"kv": {"host_gib": HOST_GIB, "remote": url}})
+        settings = json.dumps({"kv": {"host_gib": HOST_GIB, "eviction": "lru", "remote": url}})
         args = [*SERVER_ARGS, "--plugins", "xllm.kv", "--xllm-config", settings]
         with serve(prepare_smollm2(), args=args) as server:
             found = scene(server, link, options.rounds)
