@@ -1,4 +1,4 @@
-"""Hundreds of random faults on disk and in a store: what is fetched is what was kept."""
+"""Many random faults on disk and in a store: what is fetched is what was kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if not inspect_seam("kv_tiers").holds:
     pytest.skip(inspect_seam("kv_tiers").reason, allow_module_level=True)
 pytest.importorskip("redis")
 
-from benchmarks.kv_faults import Faults
+from benchmarks.lab.damage import Faults
 from benchmarks.lab.redis_server import redis_server
 from tests.contract.xllm_kv.harness import CHUNK, HIT, Engine
 from xllm_kv.tiers import remote
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs redis-server"),
 ]
 PROMPTS = [[first, first + 1, first + 2] for first in (1, 4, 7, 10, 13)]
-FAULTS, RESTARTED_EVERY, DISK_CHUNKS = 300, 100, 9
+FAULTS, RESTARTED_EVERY, DISK_CHUNKS = 150, 50, 9
 SCRATCH = 0  # a place on the device that is no block's own
 
 
