@@ -24,6 +24,7 @@ from xllm_kv.tiers.identity import identity
 
 _READERS = 2
 _IN_FLIGHT = 0.5  # of host memory, of which no more is begun to be read or written
+_LOADS, _STORES = True, False
 logger = logging.getLogger("vllm.xllm_kv")
 
 
@@ -61,6 +62,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]
         self._readers = ThreadPoolExecutor(_READERS, "xllm-kv-read")
         self._writer = ThreadPoolExecutor(1, "xllm-kv-write")
         self._jobs: dict[Future[_Done], tuple[TransferJob, float]] = {}
+        self._under_way = {_LOADS: 0, _STORES: 0}  # bytes
         self._skipped: list[TransferJob] = []
         wants_events = offloading_spec.kv_events_config.enable_kv_cache_events
         self._events: list[OffloadingEvent] | None = [] if wants_events else None
@@ -93,15 +95,10 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]
     @property
     def busy(self) -> bool:
         """Whether somebody may be waiting for it."""
-        return self._in_flight(promotions=True) > 0
-
-    def _in_flight(self, *, promotions: bool) -> int:
-        """Bytes that are under way from there, or to there."""
-        jobs = [job for job, _ in self._jobs.values() if job.is_promotion is promotions]
-        return sum(len(job.keys) for job in jobs) * int(self.block_size_bytes)
+        return self._under_way[_LOADS] > 0
 
     def _accepts(self, *, promotions: bool) -> bool:
-        return self._in_flight(promotions=promotions) < self._most_in_flight
+        return self._under_way[promotions] < self._most_in_flight
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         """See vLLM's class; what comes faster than it can be written is not kept here."""
@@ -116,6 +113,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]
         self._submit(self._readers, job_metadata, self._read)
 
     def _submit(self, pool: ThreadPoolExecutor, job: TransferJob, call: Any) -> None:
+        self._under_way[job.is_promotion] += len(job.keys) * self.block_size_bytes
         self._jobs[pool.submit(call, job)] = (job, time.monotonic())
 
     def _write(self, job: TransferJob) -> _Done:
@@ -159,6 +157,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]
         for future in [future for future in self._jobs if future.done()]:
             job, began_s = self._jobs.pop(future)
             took_s = time.monotonic() - began_s
+            self._under_way[job.is_promotion] -= len(job.keys) * self.block_size_bytes
             done = future.result()
             if done.error is not None:
                 self._failed(done.error)
