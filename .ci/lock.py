@@ -35,6 +35,7 @@ DEVELOPMENT = [
     "pytest",
     "pytest-asyncio",
     "pytest-timeout",
+    "redis",
     "ruff",
     "schemathesis",
     "selenium",

@@ -1,4 +1,4 @@
-"""Claim: KV from host memory or a disk comes in a fraction of the time to compute it again.
+"""Claim: KV from host memory, disk or a store comes in a fraction of the time to compute it again.
 
 One real vLLM server at a time, whose device holds little more than one of three long prompts, so
 that each has been given up when it is asked for again. Rounds alternate the systems; the first
@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,12 +27,13 @@ from rich.table import Table
 
 from benchmarks.lab.machine import cpu_name
 from benchmarks.lab.model import prepare_smollm2
+from benchmarks.lab.redis_server import redis_server
 from benchmarks.lab.server import Server, serve
 
 PROMPT_WORDS, PROMPTS, TOKENS = 700, 3, 16
-COMPUTED, HOST, DISK = "computed", "host", "disk"
-SYSTEMS = (COMPUTED, HOST, DISK)
-CLAIMS = {HOST: 0.15, DISK: 0.3}
+COMPUTED, HOST, DISK, REMOTE = "computed", "host", "disk", "redis"
+SYSTEMS = (COMPUTED, HOST, DISK, REMOTE)
+CLAIMS = {HOST: 0.15, DISK: 0.3, REMOTE: 0.5}
 SERVER_ARGS = (
     "--enforce-eager", "--max-model-len", "3200", "--dtype", "float32",
     "--num-gpu-blocks-override", "27",
@@ -66,15 +67,15 @@ def main() -> None:
     """Runs the comparison."""
     options = _options()
     console = Console()
-    found = {system: Found() for system in SYSTEMS}
+    found = {s: Found() for s in SYSTEMS if s in (COMPUTED, *options.systems)}
     for number in range(options.rounds):
-        for system in SYSTEMS:
+        for system in found:
             console.print(f"round {number + 1} of {options.rounds}: {system}")
             measure(system, number, found[system])
     console.print(_table(found))
     console.print(cpu_name())
     texts = {system: [a.text for a in one.again] for system, one in found.items()}
-    same = all(texts[system] == texts[COMPUTED] for system in SYSTEMS)
+    same = all(texts[system] == texts[COMPUTED] for system in found)
     console.print(f"greedy text {'equal' if same else 'NOT EQUAL'} in all systems")
     if options.json:
         plain = {system: dataclasses.asdict(one) for system, one in found.items()}
@@ -85,20 +86,25 @@ def measure(system: str, number: int, found: Found) -> None:
     """One round of one system on a fresh server."""
     rng = random.Random(number)
     prompts = [prompt_of(rng, PROMPT_WORDS) for _ in range(PROMPTS)]
-    with tempfile.TemporaryDirectory(prefix="xllm-kv-") as folder:
-        args = [*SERVER_ARGS, *_options_of(system, folder)]
-        with serve(prepare_smollm2(), args=args) as server:
-            for prompt in prompts:
-                found.first.append(ask(server, prompt, TOKENS).text)
-            for prompt in prompts:
-                found.again.append(ask(server, prompt, TOKENS))
+    with ExitStack() as stack:
+        args = [*SERVER_ARGS, *_options_of(system, stack)]
+        server = stack.enter_context(serve(prepare_smollm2(), args=args))
+        for prompt in prompts:
+            found.first.append(ask(server, prompt, TOKENS).text)
+        for prompt in prompts:
+            found.again.append(ask(server, prompt, TOKENS))
 
 
-def _options_of(system: str, folder: str) -> list[str]:
+def _options_of(system: str, stack: ExitStack) -> list[str]:
+    # Before disk and store there is host memory for little more than one prompt.
+    tier: dict[str, object] = {"host_gib": 1.0 if system == HOST else 0.16}
     if system == COMPUTED:
         return []
-    # Before the disk there is host memory for little more than one prompt.
-    tier = {"host_gib": 1.0} if system == HOST else {"host_gib": 0.16, "disk": folder}
+    if system == DISK:
+        folder = tempfile.TemporaryDirectory(prefix="xllm-kv-")
+        tier["disk"] = stack.enter_context(folder)
+    elif system == REMOTE:
+        tier["remote"] = stack.enter_context(redis_server()).url
     return ["--plugins", "xllm.kv", "--xllm-config", json.dumps({"kv": tier})]
 
 
@@ -152,6 +158,9 @@ def _median(values: Sequence[float]) -> float:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2, help="servers of each system")
+    parser.add_argument(
+        "--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS, help="computed is always one"
+    )
     parser.add_argument("--json", type=Path, help="where the figures go as well")
     return parser.parse_args()
 

@@ -24,6 +24,7 @@ class BlockStored(msgspec.Struct, tag=True):
     medium: str | None = None
     extra_keys: list[Any] | None = None
     group_idx: int | None = None
+    locality: str | None = None
 
 
 class BlockRemoved(msgspec.Struct, tag=True):
@@ -32,6 +33,7 @@ class BlockRemoved(msgspec.Struct, tag=True):
     block_hashes: list[Any]
     medium: str | None = None
     group_idx: int | None = None
+    locality: str | None = None
 
 
 class AllBlocksCleared(msgspec.Struct, tag=True):

@@ -324,7 +324,7 @@ class KvIndex:
         hashes = event.block_hashes
         if group not in holder.groups or event.block_size != holder.block_tokens:
             return True
-        tier = MEDIA.get(event.medium, Tier.REMOTE)
+        tier = _tier_of(event)
         if event.parent_block_hash is None:
             parent: Key | None = root(holder.model, holder.block_tokens)
         else:
@@ -361,7 +361,7 @@ class KvIndex:
 
     def _removed(self, holder: _Holder, event: Any) -> None:
         group = getattr(event, "group_idx", None) or 0
-        tier = MEDIA.get(event.medium, Tier.REMOTE)
+        tier = _tier_of(event)
         if group not in holder.groups:
             return
         keys = holder.keys.get((group, tier), {})
@@ -391,6 +391,12 @@ class KvIndex:
             if key is not None:
                 return key
         return None
+
+
+def _tier_of(event: Any) -> Tier:
+    if getattr(event, "locality", None) == "REMOTE":
+        return Tier.REMOTE
+    return MEDIA.get(event.medium, Tier.REMOTE)
 
 
 def _ended(ends: dict[int, list[int]], tier: int, bits: int, block: int) -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from xllm_kv.config import KvSection, Transfer
 from xllm_kv.report import METRICS, report_of
@@ -24,14 +25,28 @@ _SHARED = Path("/dev/shm")  # noqa: S108 - where vLLM keeps what scheduler and w
 
 
 def check(section: KvSection) -> None:
-    """Refuse a disk without host memory before it; stand back where nothing is asked for."""
-    if section.disk and not section.host_gib:
+    """Refuse a store without host memory before it; stand back where nothing is asked for."""
+    behind = [name for name in ("disk", "remote") if getattr(section, name)]
+    if behind and not section.host_gib:
         raise ConfigError(
-            f"kv.disk is {section.disk!r} and kv.host_gib is 0; allowed is more than 0, since KV "
-            "comes and goes through host memory."
+            f"kv.{behind[0]} is set and kv.host_gib is 0; allowed is more than 0, since KV comes "
+            "and goes through host memory."
+        )
+    if section.remote and not _is_address(section.remote):
+        raise ConfigError(
+            "kv.remote is not an address; allowed is redis://[USER:PASSWORD@]HOST[:PORT][/DB] or "
+            "the same with rediss://."
         )
     if not section.host_gib and section.transfer is Transfer.NONE:
         raise NotAvailableError("neither kv.host_gib nor kv.transfer is set")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        found = urlsplit(url)
+        return found.scheme in ("redis", "rediss") and bool(found.hostname) and found.port != 0
+    except ValueError:  # its port is none
+        return False
 
 
 def prepare(engine_args: Any, section: KvSection) -> Mapping[str, Any]:
@@ -75,6 +90,8 @@ def _own_children(own: Any) -> list[dict[str, Any]]:
 
 
 def _tiers(section: KvSection) -> dict[str, Any]:
+    if section.remote and importlib.util.find_spec("redis") is None:
+        raise NotAvailableError("kv.remote is set, and redis is not installed; it is an extra")
     broken = inspect_seam("kv_tiers")
     if not broken.holds:
         raise NotAvailableError(f"seam kv_tiers does not hold: {broken.reason}")
@@ -95,6 +112,18 @@ def _tiers(section: KvSection) -> dict[str, Any]:
     if section.eviction.value == "reuse":
         extra["eviction_policy"] = "ReuseCachePolicy"
         extra["cache_policy_module_path"] = "xllm_kv.tiers.cache_policy"
+    extra["secondary_tiers"] = _behind(section)
+    return {
+        "kv_connector": TIERS,
+        "kv_connector_module_path": TIERS_MODULE,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": extra,
+    }
+
+
+def _behind(section: KvSection) -> list[dict[str, Any]]:
+    """The tiers behind host memory, the faster one first."""
+    tiers: list[dict[str, Any]] = []
     if section.disk:
         disk = {
             "type": "DiskTier",
@@ -102,13 +131,30 @@ def _tiers(section: KvSection) -> dict[str, Any]:
             "folder": str(Path(section.disk).expanduser().absolute()),
             "capacity": int(section.disk_gib * _GIB),
         }
-        extra["secondary_tiers"] = [disk]
-    return {
-        "kv_connector": TIERS,
-        "kv_connector_module_path": TIERS_MODULE,
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": extra,
-    }
+        tiers.append(disk)
+    if section.remote:
+        # The address may hold a password, and vLLM logs this: the tier reads it from the settings.
+        if remote_url() != section.remote:
+            raise ConfigError(
+                "kv.remote is in --additional-config, which vLLM logs; allowed are --xllm-config "
+                "and XLLM_KV_REMOTE."
+            )
+        remote = {
+            "type": "RemoteTier",
+            "module_path": "xllm_kv.tiers.remote",
+            "expiry_s": section.remote_expiry_s,
+        }
+        tiers.append(remote)
+    return tiers
+
+
+def remote_url() -> str:
+    """The remote store's address, as it was given to this process or its parent."""
+    from xllm_plugins.activation import load_settings  # which loads this module
+
+    section = load_settings({}).sections["kv"]
+    assert isinstance(section, KvSection)
+    return section.remote
 
 
 def attach(attachment: Attachment) -> str:

@@ -4,16 +4,20 @@
 
 A tier's latency and speed are fitted to its last transfers, each counting for 0.8 of the next one.
 What is known to take longer than computing is not fetched, so a tier that turns slow is left alone
-by itself; now and then one block of it is fetched with nobody waiting, so that it comes back.
+by itself, and at once where a fetch from it had to be given up; now and then one block of it is
+fetched with nobody waiting, so that it comes back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import NamedTuple
 
 _FORGET = 0.8
+_CHANGED = 3.0  # times what was expected, or a third of it: the tier is not what it was
+_KEPT = 0.02  # of all that was known of a tier that has turned slow
 _MIB = 1 << 20
 _FIRST_MIB = (1.0, 64.0)  # a guess counts as two transfers of these sizes
 _PATIENCE = 2.0  # times the predicted fetch, before one that is late is given up
@@ -70,6 +74,7 @@ class TierCounts:
     fetch_s: float = 0.0
     stored_bytes: int = 0
     store_s: float = 0.0
+    skipped: int = 0
     errors: int = 0
     evicted: int = 0
 
@@ -85,6 +90,17 @@ class _Line:
     def __post_init__(self) -> None:
         for mib in _FIRST_MIB:
             self.add(mib, self.guess_ms + mib * self.guess_ms_per_mib)
+
+    def learn(self, mib: float, ms: float) -> None:
+        """Add a transfer, after which others are expected to take as much more or less time."""
+        expected_ms = self.at(mib)
+        if ms > _CHANGED * expected_ms:
+            self.sums = [_KEPT * value for value in self.sums]
+        elif ms < expected_ms / _CHANGED:
+            # One block is fetched to see this, so what is known of larger ones shrinks with it.
+            for place in (2, 4):
+                self.sums[place] *= ms / expected_ms
+        self.add(mib, ms)
 
     def add(self, mib: float, ms: float) -> None:
         for place, value in enumerate((1.0, mib, ms, mib * mib, mib * ms)):
@@ -109,6 +125,7 @@ class Prices:
         self._lines = {t: _Line(ms, 1.0 / speed) for t, (ms, speed) in guesses.items()}
         self._under_way = dict.fromkeys(guesses, 0)
         self._tried_s = dict.fromkeys(guesses, float("-inf"))
+        self._late: set[str] = set()
         self.counts = {tier: TierCounts() for tier in guesses}
 
     def fetch_ms(self, tier: str, kv_bytes: int) -> float:
@@ -128,20 +145,31 @@ class Prices:
             return
         counts.fetched_bytes += kv_bytes
         counts.fetch_s += took_s
-        self._lines[tier].add(kv_bytes / _MIB, took_s * 1e3)
+        self._late.discard(tier)
+        self._lines[tier].learn(kv_bytes / _MIB, took_s * 1e3)
 
     def stored(self, tier: str, kv_bytes: int, took_s: float) -> None:
         """Note that something was written."""
         self.counts[tier].stored_bytes += kv_bytes
         self.counts[tier].store_s += took_s
 
-    def late(self, tier: str, kv_bytes: int, waited_s: float) -> None:
-        """Note that a fetch was given up, which took at least as long as it was waited for."""
+    def late(self, tier: str) -> None:
+        """Note that a fetch was given up: nobody waits for that tier until one of its ends."""
         self.counts[tier].late += 1
-        self._lines[tier].add(kv_bytes / _MIB, waited_s * 1e3)
+        self._late.add(tier)
+
+    @property
+    def distrusted(self) -> str | None:
+        """A tier that nobody waits for; None without any."""
+        return next(iter(self._late), None)
 
     def choose(
-        self, runs: Sequence[Run], prefill_ms: Callable[[int], float], now_s: float
+        self,
+        runs: Sequence[Run],
+        prefill_ms: Callable[[int], float],
+        now_s: float,
+        *,
+        counted: bool = True,
     ) -> Fetch:
         """How much to fetch of what lies in tiers: the part whose saving is the largest.
 
@@ -149,24 +177,28 @@ class Prices:
             runs: from the first token on that the device does not hold.
             prefill_ms: how long the first tokens of them take to compute.
             now_s: the time.
+            counted: whether the tokens are counted; not while a tier has yet to say what it holds.
         """
         best, best_ms, gain = 0, 0.0, 0.0
         tokens, fetch_ms = 0, 0.0
         for tier, run in _by_tier(runs):
             tokens += run.tokens
-            fetch_ms += self.fetch_ms(tier, run.kv_bytes)
+            fetch_ms += self.fetch_ms(tier, run.kv_bytes) if tier not in self._late else inf
             if prefill_ms(tokens) - fetch_ms > gain:
                 best, best_ms, gain = tokens, fetch_ms, prefill_ms(tokens) - fetch_ms
-        probe = self._count(runs, best, now_s)
+        probe = self._count(runs, best, now_s, counted=counted)
         return Fetch(best, best_ms, prefill_ms(best) if best else 0.0, probe)
 
-    def _count(self, runs: Sequence[Run], fetched: int, now_s: float) -> str | None:
+    def _count(
+        self, runs: Sequence[Run], fetched: int, now_s: float, *, counted: bool
+    ) -> str | None:
         probe, begin = None, 0
         for run in runs:
             counts = self.counts[run.tier]
             won = min(max(fetched - begin, 0), run.tokens)
-            counts.won_tokens += won
-            counts.refused_tokens += run.tokens - won
+            if counted:
+                counts.won_tokens += won
+                counts.refused_tokens += run.tokens - won
             begin += run.tokens
             if won:
                 self._tried_s[run.tier] = now_s

@@ -17,6 +17,7 @@ _COUNTERS = {
     "fetch_s": "seconds that fetches took",
     "stored_bytes": "bytes written",
     "store_s": "seconds that writing took",
+    "skipped": "blocks that were not written, since the tier was away or behind with writing",
     "errors": "transfers that failed; what they would have brought was computed",
     "evicted": "blocks given up for others",
 }

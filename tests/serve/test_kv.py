@@ -1,13 +1,16 @@
-"""Tiers of a real server: what the device gave up comes back, from memory, disk and a past life."""
+"""Tiers of a real server: what the device gave up comes back, from memory, disk and other lives."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.lab.redis_server import redis_server
 from benchmarks.lab.server import Server
 from tests.serve.conftest import SHARED_GIB, Start
 
@@ -53,3 +56,22 @@ def test_what_the_device_gives_up_comes_back_also_after_a_restart(
         assert disk["won_tokens"] >= 3 * 1024
         assert disk["fetched_bytes"] > 0
         assert disk["errors"] == 0
+
+
+@pytest.mark.skipif(
+    shutil.which("redis-server") is None or importlib.util.find_spec("redis") is None,
+    reason="needs redis-server and redis",
+)
+def test_what_one_instance_computed_another_fetches(start: Start) -> None:
+    with redis_server() as store:
+        settings = json.dumps({"kv": {"host_gib": 0.3, "remote": store.url}})
+        args = (*DEVICE, "--plugins", "xllm.kv", "--xllm-config", settings)
+        with start(*args) as server:
+            first = [answer(server, prompt) for prompt in PROMPTS]
+            assert tiers(server)["RemoteTier"]["stored_bytes"] > 0
+        with start(*args) as server:
+            assert [answer(server, prompt) for prompt in PROMPTS] == first
+            remote = tiers(server)["RemoteTier"]
+    assert remote["won_tokens"] >= 3 * 1024
+    assert remote["fetched_bytes"] > 0
+    assert remote["errors"] == 0

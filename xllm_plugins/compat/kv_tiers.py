@@ -26,6 +26,9 @@ SEAM = (
     Target(f"{_KV}.tiering.manager:TieringOffloadingManager.lookup", ("key", "req_context")),
     Target(f"{_KV}.tiering.manager:TieringOffloadingManager.prepare_store", ("keys",)),
     Target(f"{_KV}.tiering.base:SecondaryTierManager.submit_load", ("self", "job_metadata")),
+    Target(f"{_KV}.tiering.async_lookup:AsyncLookupManager.lookup", ("key", "req_context")),
+    Target(f"{_KV}.tiering.async_lookup:AsyncLookupManager.batch_lookup", ("keys",)),
+    Target(f"{_KV}.tiering.async_lookup:AsyncLookupManager.mark_miss", ("keys",)),
     Target(f"{_KV}.cpu.policies.base:CachePolicy.evict", ("self", "n", "protected")),
     Target(f"{_KV}.base:make_offload_key", ("block_hash", "group_idx")),
     Target(

@@ -1,48 +1,38 @@
-"""One block of KV in one file: written whole or not at all, and believed only if it is undamaged.
-
-``magic (8) | length (8) | CRC-32 of name and content (4) | name's length (4) | name | content``,
-all numbers little-endian.
-"""
+"""One block of KV in one file: written whole or not at all, and believed only if undamaged."""
 
 from __future__ import annotations
 
 import os
-import struct
-import zlib
+from contextlib import suppress
 from pathlib import Path
 
-_MAGIC = b"xllm-kv1"
-_HEAD = struct.Struct("<8sQII")
-
-
-class BlockFileError(Exception):
-    """The file does not hold what its name says."""
+from xllm_kv.tiers.block_format import BlockError, checksum_in, head_of, head_size, verify
 
 
 def write_block(path: Path, name: bytes, content: memoryview) -> None:
     """Write a block; nobody ever finds a part of it.
 
     Args:
-        path: of the file; its folder is made.
+        path: of the file; its folders are made.
         name: what the block is, to be found again in the file.
         content: its bytes.
 
     Raises:
         OSError: it could not be written; nothing is left of it.
     """
-    head = _HEAD.pack(_MAGIC, content.nbytes, zlib.crc32(content, zlib.crc32(name)), len(name))
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(mode=0o700, exist_ok=True)
     try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            _write_all(file, head + name)
+            _write_all(file, head_of(name, content))
             _write_all(file, content)
         finally:
             os.close(file)
         unfinished.replace(path)
     except OSError:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
         raise
 
 
@@ -62,24 +52,16 @@ def read_block(path: Path, name: bytes, into: memoryview) -> None:
 
     Raises:
         OSError: there is none, or it cannot be read.
-        BlockFileError: it is damaged, short, long, or another block.
+        BlockError: it is damaged, short, long, or another block.
     """
     with path.open("rb", buffering=0) as file:
-        head = file.read(_HEAD.size)
-        if len(head) < _HEAD.size:
-            raise BlockFileError(f"{path} ends within its head")
-        magic, length, checksum, name_length = _HEAD.unpack(head)
-        if magic != _MAGIC or length != into.nbytes or name_length != len(name):
-            raise BlockFileError(f"{path} is of another format or size")
-        if file.read(name_length) != name:
-            raise BlockFileError(f"{path} holds another block")
+        checksum = checksum_in(file.read(head_size(name)), name, into.nbytes)
         rest = into
         while rest:
             count = file.readinto(rest)
             if not count:
-                raise BlockFileError(f"{path} is {len(rest)} bytes short")
+                raise BlockError(f"the block is {len(rest)} bytes short")
             rest = rest[count:]
         if file.read(1):
-            raise BlockFileError(f"{path} is too long")
-    if zlib.crc32(into, zlib.crc32(name)) != checksum:
-        raise BlockFileError(f"{path} is damaged")
+            raise BlockError("the block is too long")
+    verify(into, name, checksum)

@@ -57,6 +57,7 @@ class _Asked:
     deadline_s: float = float("inf")
     patience_s: float = float("inf")
     counted: bool = False
+    priced: bool = False
     late: bool = False
     refused: set[int] = field(default_factory=set)  # groups with a hole, of which no more is kept
 
@@ -93,6 +94,7 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
         self._ranks = reuse is not None
         self._reuse = reuse if reuse is not None else Reuse(capacity)
         self._asked: dict[str, _Asked] = {}
+        self._probed: dict[str, tuple[OffloadKey, ReqContext]] = {}
 
     def plan(self, req_id: str, wanted: Wanted) -> None:
         """Decide how much of a request's prompt is fetched."""
@@ -107,8 +109,9 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
                     tier.touch(chain, asked.context)
         if not self._priced or len(wanted.chains) != 1:
             return  # the parts of several groups are only of use together
-        runs = self._runs(asked, wanted)
-        fetch = self.prices.choose(runs, wanted.prefill_ms, self._clock())
+        runs, known = self._runs(asked, wanted)
+        counted, asked.priced = known and not asked.priced, asked.priced or known
+        fetch = self.prices.choose(runs, wanted.prefill_ms, self._clock(), counted=counted)
         chunks = -(-fetch.tokens // wanted.chunk_tokens)
         chain = wanted.chains[0]
         asked.fetched = set(chain[wanted.first : wanted.first + chunks])
@@ -116,30 +119,40 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
         if fetch.probe is not None:
             self._probe(asked, wanted, runs, fetch.probe)
 
-    def _runs(self, asked: _Asked, wanted: Wanted) -> list[Run]:
-        """Where what the device lacks lies, as far as it lies anywhere."""
-        runs = []
+    def _runs(self, asked: _Asked, wanted: Wanted) -> tuple[list[Run], bool]:
+        """Where what the device lacks lies, as far as it may lie anywhere, and whether it does."""
+        runs, known = [], True
         for key in wanted.chains[0][wanted.first :]:
-            tier = self._tier(key, asked.context)
+            tier, found = self._tier(key, asked.context)
             if tier is None:
                 break
+            known &= found is not LookupResult.RETRY
             runs.append(Run(tier, wanted.chunk_tokens, wanted.chunk_bytes))
-        return runs
+        return runs, known
 
-    def _tier(self, key: OffloadKey, context: ReqContext) -> str | None:
-        if self._inner.primary_tier.lookup(key, context) is not LookupResult.MISS:
-            return HOST
+    def _tier(self, key: OffloadKey, context: ReqContext) -> tuple[str | None, LookupResult]:
+        found = self._inner.primary_tier.lookup(key, context)
+        if found is not LookupResult.MISS:
+            late = self.prices.distrusted if found is LookupResult.HIT_PENDING else None
+            return late or HOST, found  # what is on its way may come from a tier that is late
         for tier in self._inner.secondary_tiers:
-            if tier.lookup(key, context) is not LookupResult.MISS:
-                return str(tier.tier_type)
-        return None
+            found = tier.lookup(key, context)
+            if found is not LookupResult.MISS:
+                return str(tier.tier_type), found
+        return None, found
 
     def _probe(self, asked: _Asked, wanted: Wanted, runs: Sequence[Run], tier: str) -> None:
         """Fetch one chunk of a tier that was refused, with nobody waiting for it."""
         for key, run in zip(wanted.chains[0][wanted.first :], runs, strict=False):
             if run.tier == tier:
-                self._inner.lookup(key, asked.context)
+                self._probed[asked.context.req_id] = (key, asked.context)
                 return
+
+    def _look(self) -> None:
+        """Look for what is probed, which a tier may take a while to answer."""
+        for req_id, (key, context) in list(self._probed.items()):
+            if self._inner.lookup(key, context) is not LookupResult.RETRY:
+                del self._probed[req_id]
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """See vLLM's class; what is not worth its fetch, or late, is missed."""
@@ -158,15 +171,10 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
             return found
         if not asked.late:
             asked.late = True
-            waited_s = now_s - asked.deadline_s + asked.patience_s
-            self._gave_up(waited_s)
+            for tier in self._inner.secondary_tiers:
+                if tier.busy:
+                    self.prices.late(tier.tier_type)
         return LookupResult.MISS
-
-    def _gave_up(self, waited_s: float) -> None:
-        for tier in self._inner.secondary_tiers:
-            pending = getattr(tier, "loading_bytes", 0)
-            if pending:
-                self.prices.late(tier.tier_type, pending, waited_s)
 
     def prepare_store(
         self, keys: Collection[OffloadKey], req_context: ReqContext
@@ -202,6 +210,7 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
     def on_request_finished(self, req_context: ReqContext) -> None:
         """See vLLM's class."""
         self._asked.pop(req_context.req_id, None)
+        self._probed.pop(req_context.req_id, None)
         self._inner.on_request_finished(req_context)
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> Any:
@@ -232,6 +241,7 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """See vLLM's class."""
+        self._look()
         self._inner.on_schedule_end(context)
 
     def has_pending_work(self) -> bool:

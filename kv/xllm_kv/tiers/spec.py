@@ -17,7 +17,11 @@ from xllm_kv.tiers.manager import HOST, GatedManager
 from xllm_kv.tiers.worker import HostCopies
 from xllm_plugins.compat import kv_tiers
 
-_GUESSES = {HOST: (0.1, 5.0), "DiskTier": (1.0, 0.5)}  # latency in ms, MiB per ms
+_GUESSES = {  # latency in ms, MiB per ms
+    HOST: (0.1, 5.0),
+    "DiskTier": (1.0, 0.5),
+    "RemoteTier": (1.0, 0.2),
+}
 _GUESS = (5.0, 0.2)  # of a tier that is not ours
 
 

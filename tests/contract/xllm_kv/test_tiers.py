@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,139 +17,26 @@ if not inspect_seam("kv_tiers").holds:
     pytest.skip(inspect_seam("kv_tiers").reason, allow_module_level=True)
 
 import torch
-from vllm.v1.core import kv_cache_utils
-from vllm.v1.kv_offload.base import (
-    CanonicalKVCaches,
-    CanonicalKVCacheTensor,
-    GPULoadStoreSpec,
-    LookupResult,
-    ReqContext,
-    ScheduleEndContext,
-    make_offload_key,
-)
-from vllm.v1.kv_offload.config import (
-    OffloadingCacheConfig,
-    OffloadingConfig,
-    OffloadingGroupConfig,
-    OffloadingModelConfig,
-    OffloadingParallelConfig,
-)
+from vllm.v1.kv_offload.base import ReqContext
+from vllm.v1.kv_offload.config import OffloadingModelConfig
 
+from tests.contract.xllm_kv.harness import (
+    CHUNK,
+    END,
+    HIT,
+    MISS,
+    PENDING,
+    TOKENS,
+    Engine,
+    config,
+    key,
+)
 from xllm_kv.config import Admission
 from xllm_kv.tiers.block_file import read_block
-from xllm_kv.tiers.manager import HOST, GatedManager, Wanted
+from xllm_kv.tiers.manager import HOST
 from xllm_kv.tiers.spec import TiersSpec
-from xllm_kv.tiers.worker import HostCopies
 
 pytestmark = pytest.mark.vllm
-HIT, MISS, PENDING = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING
-CHUNK, CHUNKS, TOKENS = 4096, 8, 16
-END = ScheduleEndContext((), ())
-
-
-@pytest.fixture(autouse=True)
-def hash_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_cache_utils, "NONE_HASH", b"seed", raising=False)
-
-
-def key(number: int) -> Any:
-    return make_offload_key(number.to_bytes(32, "big"), 0)
-
-
-def config(engine: str, **extra: Any) -> OffloadingConfig:
-    settings = {"admission": "predicted", "price": True, **extra.pop("xllm", {})}
-    return OffloadingConfig(
-        groups=(OffloadingGroupConfig(TOKENS, ("layer",), 0),),
-        worker_kv_bytes_per_block=CHUNK,
-        enable_kv_cache_events=True,
-        extra_config={
-            "cpu_bytes_to_use": CHUNK * CHUNKS,
-            "eviction_policy": "ReuseCachePolicy",
-            "cache_policy_module_path": "xllm_kv.tiers.cache_policy",
-            "xllm": settings,
-            **extra,
-        },
-        engine_id=f"xllm-test-{engine}-{time.time_ns()}",
-        model=OffloadingModelConfig("a/model", "float32"),
-        cache=OffloadingCacheConfig(TOKENS, 1),
-        parallel=OffloadingParallelConfig(0, 1, 1, 1, 1, 1, 0, 1, None, True),
-    )
-
-
-class Engine:
-    """A scheduler's side and a worker's side with 16 blocks of KV."""
-
-    def __init__(self, name: str, **extra: Any) -> None:
-        self.spec = TiersSpec(config(name, **extra))
-        self.manager: GatedManager = self.spec.get_manager()
-        self.device = torch.zeros((16, CHUNK), dtype=torch.int8)
-        caches = CanonicalKVCaches([CanonicalKVCacheTensor(self.device, CHUNK)], [[]])
-        worker = self.spec.get_worker(caches)
-        assert isinstance(worker, HostCopies)
-        self.worker = worker
-        self.jobs = 0
-
-    def request(
-        self, name: str, numbers: list[int], prefill_ms: float = 100.0, *, online: bool = True
-    ) -> ReqContext:
-        """A request for a prompt of these blocks, none of them on the device."""
-        context = ReqContext(name)
-        self.manager.on_new_request(context)
-        wanted = Wanted(
-            [[key(n) for n in numbers]], 0, TOKENS, CHUNK, lambda count: prefill_ms * count, online
-        )
-        self.manager.plan(name, wanted)
-        return context
-
-    def keeps(self, context: ReqContext, numbers: list[int]) -> list[int]:
-        """Offer blocks that lie on the device under their own numbers; which ones are kept."""
-        for number in numbers:
-            self.device[number] = number
-        made = self.manager.prepare_store([key(n) for n in numbers], context)
-        assert made is not None
-        kept = [n for n in numbers if key(n) in set(made.keys_to_store)]
-        if kept:
-            self.jobs += 1
-            on_device = GPULoadStoreSpec(kept, (len(kept),), (0,))
-            assert self.worker.submit_store(self.jobs, on_device, made.store_spec)
-            assert [one.success for one in self.worker.get_finished()] == [True]
-            self.manager.complete_store(made.keys_to_store, context)
-        return kept
-
-    def found(self, context: ReqContext, *numbers: int) -> list[LookupResult]:
-        """What lookups say once nothing is under way any more."""
-        for _ in range(500):
-            results = [self.manager.lookup(key(number), context) for number in numbers]
-            self.manager.on_schedule_end(END)
-            if not {LookupResult.HIT_PENDING, LookupResult.RETRY} & set(results):
-                return results
-            time.sleep(0.01)
-        raise AssertionError("it is never done")
-
-    def settled(self) -> None:
-        """Until nothing is under way."""
-        for _ in range(500):
-            self.manager.on_schedule_end(END)
-            if not self.manager.has_pending_work():
-                return
-            time.sleep(0.01)
-        raise AssertionError("it is never done")
-
-    def fetched(self, context: ReqContext, numbers: list[int], to: list[int]) -> None:
-        """Copy blocks to other places of the device."""
-        spec = self.manager.prepare_load([key(n) for n in numbers], context)
-        self.jobs += 1
-        assert self.worker.submit_load(self.jobs, spec, GPULoadStoreSpec(to, (len(to),), (0,)))
-        self.worker.get_finished()
-        self.manager.complete_load([key(n) for n in numbers], context)
-
-    def ends(self, *contexts: ReqContext) -> None:
-        for context in contexts:
-            self.manager.on_request_finished(context)
-
-    def closes(self) -> None:
-        self.worker.shutdown()
-        self.manager.shutdown()
 
 
 @pytest.fixture
@@ -289,6 +177,44 @@ def test_a_disk_that_refuses_costs_nothing_but_a_warning(
     engine.settled()
     assert engine.found(engine.request("b", [1]), 1) == [HIT]
     assert engine.manager.prices.counts["DiskTier"].errors == 1
+    engine.closes()
+
+
+def test_a_folder_that_is_deleted_is_made_again(tmp_path: Path) -> None:
+    engine = Engine("deleted", **disk(tmp_path / "kv"))
+    engine.keeps(engine.request("a", [1]), [1])
+    engine.settled()
+    shutil.rmtree(tmp_path / "kv")
+    engine.keeps(engine.request("b", [2]), [2])
+    engine.settled()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [key(2).hex()]
+    engine.manager.reset_cache()
+    assert engine.found(engine.request("c", [1]), 1) == [MISS]
+    engine.closes()
+
+
+def test_what_cannot_even_be_removed_is_missed(tmp_path: Path) -> None:
+    engine = Engine("stuck", **disk(tmp_path))
+    engine.keeps(engine.request("a", [1]), [1])
+    engine.settled()
+    (file,) = tmp_path.rglob(key(1).hex())
+    file.unlink()
+    file.mkdir()
+    engine.manager.reset_cache()
+    assert engine.found(engine.request("b", [1]), 1) == [MISS]
+    engine.closes()
+
+
+def test_what_a_killed_process_had_not_finished_goes(tmp_path: Path) -> None:
+    engine = Engine("killed", **disk(tmp_path))
+    engine.keeps(engine.request("a", [1]), [1])
+    engine.settled()
+    engine.closes()
+    (file,) = tmp_path.rglob(key(1).hex())
+    (file.parent / f".{key(2).hex()}.4711").write_bytes(file.read_bytes()[:100])
+    engine = Engine("again", **disk(tmp_path))
+    assert engine.found(engine.request("b", [1, 2]), 1, 2) == [HIT, MISS]
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
     engine.closes()
 
 

@@ -90,6 +90,16 @@ def test_slower_tiers_go_on_where_faster_ones_end() -> None:
     assert lengths(index, [*PROMPT[:16], 1]) == {"a": (4, 8, 4, 0)}
 
 
+def test_storage_elsewhere_is_another_tier_than_a_disk() -> None:
+    a = Engine("a")
+    index = index_of(a)
+    index.apply("a", [a.stores(PROMPT[:8], "STORAGE")])
+    index.apply("a", [a.stores(PROMPT, "STORAGE", locality="REMOTE")])
+    assert lengths(index, PROMPT) == {"a": (0, 0, 8, 8)}
+    index.apply("a", [a.removes(PROMPT[:16], "STORAGE", locality="REMOTE")])
+    assert lengths(index, PROMPT) == {"a": (0, 0, 8, 4)}
+
+
 def test_a_block_in_another_tier_is_a_parent_too() -> None:
     a = Engine("a")
     index = index_of(a)

@@ -54,20 +54,44 @@ def test_a_tier_that_turns_slow_is_left_alone_but_looked_at_and_comes_back() -> 
         return fetch.tokens, fetch.probe
 
     assert chosen(0.0) == (128, None)
-    known.late("host", 10 * MIB, 2.0)
+    known.late("host")
     assert chosen(1.0) == (0, None)
     assert chosen(1.0 + PROBE_S) == (0, "host")
     assert chosen(2.0 + PROBE_S) == (0, None)
-    for _ in range(20):
-        known.ended("host", 10 * MIB, 0.011)
+    known.ended("host", 10 * MIB, 0.0, ok=False)
+    assert chosen(2.0 + PROBE_S) == (0, None)
+    known.ended("host", MIB, 0.002)
     assert chosen(3.0 + PROBE_S) == (128, None)
     counts = known.counts["host"]
     assert (counts.won_tokens, counts.refused_tokens, counts.late, counts.probes) == (
         256,
-        384,
+        512,
         1,
         1,
     )
+
+
+def test_one_slow_fetch_is_enough_and_one_fast_block_brings_it_back() -> None:
+    known, runs = prices(), [Run("host", 1280, 100 * MIB)]
+
+    def chosen() -> int:
+        return known.choose(runs, lambda count: 0.5 * count, 0.0).tokens
+
+    for _ in range(20):
+        known.ended("host", 100 * MIB, 0.1)
+    assert chosen() == 1280
+    known.ended("host", 100 * MIB, 1.0)
+    assert known.fetch_ms("host", 100 * MIB) == pytest.approx(1000.0, rel=0.1)
+    assert chosen() == 0
+    known.ended("host", 5 * MIB, 0.005)
+    assert known.fetch_ms("host", 100 * MIB) == pytest.approx(100.0, rel=0.2)
+    assert chosen() == 1280
+
+
+def test_what_a_tier_has_yet_to_say_is_not_counted() -> None:
+    known = prices()
+    known.choose([Run("host", 128, MIB)], lambda count: 1.0 * count, 0.0, counted=False)
+    assert known.counts["host"].won_tokens == 0
 
 
 def test_a_fetch_that_failed_teaches_no_speed() -> None:

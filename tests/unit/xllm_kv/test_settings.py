@@ -1,0 +1,34 @@
+"""Settings that cannot work are refused in one sentence."""
+
+from __future__ import annotations
+
+import pytest
+
+from xllm_kv.config import KvSection
+from xllm_kv.plugin import check
+from xllm_plugins.errors import ConfigError, NotAvailableError
+
+
+@pytest.mark.parametrize(
+    "url", ["kv.example:6379", "http://kv.example", "redis://", "redis://kv.example:port"]
+)
+def test_what_is_no_address_is_refused_without_being_shown(url: str) -> None:
+    with pytest.raises(ConfigError, match="is not an address") as error:
+        check(KvSection(host_gib=1.0, remote=url))
+    assert "kv.example" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["redis://kv", "rediss://user:pass@kv.example:6380/2?ssl_ca=x"])
+def test_addresses_are_accepted(url: str) -> None:
+    check(KvSection(host_gib=1.0, remote=url))
+
+
+@pytest.mark.parametrize("behind", [{"disk": "/kv"}, {"remote": "redis://kv"}])
+def test_what_lies_behind_host_memory_needs_it(behind: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=f"kv.{next(iter(behind))} is set and kv.host_gib is 0"):
+        check(KvSection(**behind))  # type: ignore[arg-type]
+
+
+def test_without_anything_to_do_it_stands_back() -> None:
+    with pytest.raises(NotAvailableError):
+        check(KvSection())
