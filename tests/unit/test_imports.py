@@ -46,6 +46,9 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "vllm
         "xllm_scheduler.simulate.measure",
         "xllm_scheduler.simulate.profiles",
         "xllm_scheduler.simulate.traces",
+        "xllm_spec_decode.length",
+        "xllm_spec_decode.plugin",
+        "xllm_spec_decode.speculator",
     ],
 )
 def test_it_imports_without_torch_and_vllm(module: str) -> None:
