@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from xllm_plugins.metrics import Metric, Sample
 from xllm_plugins.status import Report
-from xllm_spec_decode.drafters import Ints
+
+if TYPE_CHECKING:
+    from xllm_spec_decode.drafters import Ints
 
 _COUNTERS = {
     "drafts": "Drafts that were verified.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,8 @@ from xllm_plugins.status import Report
 from xllm_spec_decode.books import METRICS, report_of
 from xllm_spec_decode.config import Choice, SpecDecodeSection
 
+# Imported by vLLM's model runner and nobody before: numba in the process breaks what vLLM's CPU
+# worker does when it starts, so nothing here imports what loops over tokens.
 _MODULE = "xllm_spec_decode.proposer"
 PROPOSERS = {
     Choice.BEST: f"{_MODULE}.XllmProposer",
@@ -94,10 +97,15 @@ def attach(attachment: Attachment) -> str:
     return "vllm.v1.spec_decode.custom_class_proposer"
 
 
+def worker_facts(worker: Any) -> dict[str, Any] | None:
+    """Called in a worker process: what its proposer has done; None where there is none."""
+    module = sys.modules.get(_MODULE)
+    proposer = None if module is None else module.current()
+    return None if proposer is None else proposer.facts()
+
+
 def report(engine_core: Any) -> Report:
     """What the worker has drafted, asked now and then."""
-    from xllm_spec_decode.proposer import worker_facts
-
     global _asked
     now = time.monotonic()
     if _asked is None or now - _asked[0] >= _ASK_EVERY_S:

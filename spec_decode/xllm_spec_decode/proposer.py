@@ -115,9 +115,9 @@ class SuffixProposer(XllmProposer):
     choice = Choice.SUFFIX
 
 
-def worker_facts(worker: Any) -> dict[str, Any] | None:
-    """Called in a worker process: what its proposer has done."""
-    return None if _proposer is None else _proposer.facts()
+def current() -> XllmProposer | None:
+    """The one of this process."""
+    return _proposer
 
 
 def _settings(vllm_config: Any) -> tuple[SpecDecodeSection, Callable[[Any], float]]:
