@@ -1,4 +1,4 @@
-"""Drafts are what followed where a text's end stood before: in itself, and in its tenant's outputs."""
+"""Drafts are what followed where a text's end stood before, in itself or its tenant's outputs."""
 
 from __future__ import annotations
 
