@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -54,15 +54,8 @@ def everything(server: Server) -> list[Any]:
         asked(server, response_format=schema),
         texts(server, PROMPTS),
     ]
-    beside: list[Any] = [None] * 4
-    threads = [
-        threading.Thread(target=lambda i=i: beside.__setitem__(i, asked(server, max_tokens=30 + i)))  # type: ignore[misc]
-        for i in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as clients:
+        beside = list(clients.map(lambda i: asked(server, max_tokens=30 + i), range(4)))
     return [*found, beside]
 
 
