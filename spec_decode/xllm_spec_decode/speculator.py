@@ -121,13 +121,14 @@ class Speculator:
     def warm_up(
         self, step: Step, said: Sequence[Sequence[int]], lengths: Ints, tokens: Tokens
     ) -> None:
-        """Go through a step, so that everything is compiled, and leave nothing of it."""
+        """Go through a step of requests that are then forgotten, so that everything is compiled."""
         self.propose(step, said, lengths, tokens, -math.inf)
         self.propose(step._replace(new={}), said, lengths, tokens, -math.inf)
         for request_id in step.ids:
             self._slots.release(request_id)
         self._last = (-math.inf, frozenset())
-        self._books = Books(self._names)
+        failed, self._books = self._books.failed, Books(self._names)
+        self._books.failed.update(failed)
 
     def facts(self) -> dict[str, Any]:
         """What was done and is expected, in plain types."""

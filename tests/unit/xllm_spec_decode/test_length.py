@@ -17,10 +17,6 @@ CHEAP = StepTime(base=20.0, token=0.1, decode=0.1, ready=True)
 DEAR = StepTime(base=2.0, token=1.0, decode=1.0, ready=True)
 
 
-def chances(*rows: list[float]) -> np.ndarray:
-    return np.array(rows)
-
-
 def survival(share: float, n: int = 1, most: int = 8) -> np.ndarray:
     return np.tile(share ** np.arange(1, most + 1), (n, 1))
 
@@ -93,7 +89,8 @@ def test_no_other_lengths_yield_much_more_for_the_time(
 
     def tokens_per_ms(lengths: np.ndarray) -> float:
         gained = sum(float(chance[i, : lengths[i]].sum()) for i in range(n))
-        return (n + gained) / time.step_ms(verification(n, int(context.sum()), lengths, context))
+        step_ms = time.step_ms(verification(n, int(context.sum()), lengths, context))
+        return float((n + gained) / step_ms)
 
     best = max(tokens_per_ms(np.array(one)) for one in itertools.product(range(most + 1), repeat=n))
     found = draft_lengths(chance, context, time)
