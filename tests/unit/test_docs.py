@@ -25,7 +25,7 @@ PART_HEADINGS = (
     "## How it was measured",
 )
 FOLDERS = (
-    "", "scheduler", "kv", "eplb", "docs", "benchmarks", "examples/cluster",
+    "", "scheduler", "kv", "eplb", "spec_decode", "docs", "benchmarks", "examples/cluster",
     "examples/shortest_first",
 )  # fmt: skip
 PAGES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))

@@ -10,7 +10,8 @@ import pytest
 REPORT = """
 import importlib, sys
 importlib.import_module(sys.argv[1])
-print(*sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "vllm"}))
+found = {name.partition(".")[0] for name in sys.modules}
+print(*sorted(found & {"torch", "vllm"}))
 """
 
 
@@ -46,6 +47,9 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "vllm
         "xllm_scheduler.simulate.measure",
         "xllm_scheduler.simulate.profiles",
         "xllm_scheduler.simulate.traces",
+        "xllm_spec_decode.length",
+        "xllm_spec_decode.plugin",
+        "xllm_spec_decode.speculator",
     ],
 )
 def test_it_imports_without_torch_and_vllm(module: str) -> None:
@@ -57,5 +61,6 @@ def test_it_imports_without_torch_and_vllm(module: str) -> None:
 
 def test_loading_every_plugin_imports_neither() -> None:
     script = REPORT + "\nfrom xllm_plugins.manager import registry; registry().sections()"
-    script += "\nassert not {'torch', 'vllm'} & set(sys.modules)"
+    # vLLM's CPU worker does not start in a process that has imported numba.
+    script += "\nassert not {'torch', 'vllm', 'numba'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script, "xllm_plugins.manager"], check=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("xllm_eplb", "xllm_kv", "xllm_plugins", "xllm_scheduler")
+PACKAGES = ("xllm_eplb", "xllm_kv", "xllm_plugins", "xllm_scheduler", "xllm_spec_decode")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_it_holds_exactly_the_import_packages(names: set[str]) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_each_package_is_whole_and_typed(names: set[str], package: str) -> None:
-    places = (ROOT, ROOT / "scheduler", ROOT / "kv", ROOT / "eplb")
+    places = (ROOT, ROOT / "scheduler", ROOT / "kv", ROOT / "eplb", ROOT / "spec_decode")
     (source,) = (place / package for place in places if (place / package).is_dir())
     files = {
         f"{package}/{path.relative_to(source).as_posix()}"

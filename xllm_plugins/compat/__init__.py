@@ -27,6 +27,7 @@ SEAMS = (
     "kv_tiers",
     "request_class",
     "scheduler_levers",
+    "spec_proposer",
     "target_platform",
 )
 _MARK = "__xllm_seam__"
@@ -135,8 +136,8 @@ def patch(owner: type, attribute: str, make: Callable[[Any], Any], seam: str) ->
         CompatError: another seam has patched the same attribute.
     """
     current = inspect.getattr_static(owner, attribute)
-    is_static = isinstance(current, staticmethod)
-    original = current.__func__ if is_static else current
+    kind = type(current) if isinstance(current, (staticmethod, classmethod)) else None
+    original = current if kind is None else current.__func__
     owner_seam = getattr(original, _MARK, None)
     if owner_seam == seam:
         return
@@ -144,7 +145,7 @@ def patch(owner: type, attribute: str, make: Callable[[Any], Any], seam: str) ->
         raise CompatError(f"{owner.__name__}.{attribute} was already patched by {owner_seam}.")
     replacement = make(original)
     setattr(replacement, _MARK, seam)
-    setattr(owner, attribute, staticmethod(replacement) if is_static else replacement)
+    setattr(owner, attribute, replacement if kind is None else kind(replacement))
 
 
 def is_patched(owner: type, attribute: str) -> bool:

@@ -153,6 +153,7 @@ def test_settings_and_decisions_travel_beside_what_the_user_put_there(
         "oven": (True, "its conditions hold"),
         "scheduler": (False, "not selected"),
         "service": (False, "not selected"),
+        "spec_decode": (False, "not selected"),
     }
     assert report["origins"]["oven.size"] == "--additional-config"
     assert report["origins"]["oven.mode"] == "default"

@@ -18,7 +18,7 @@ def xllm_policies():
 """
 
 
-OURS = ("eplb", "kv", "scheduler", "service")
+OURS = ("eplb", "kv", "scheduler", "service", "spec_decode")
 
 
 def test_our_features_are_there_and_nothing_failed() -> None:
@@ -29,7 +29,14 @@ def test_our_features_are_there_and_nothing_failed() -> None:
 
 def test_a_strangers_feature_stands_beside_ours(install: Install) -> None:
     install("oven", {"xllm_plugins": {"oven": "oven_p"}}, {"oven_p": feature_module("oven")})
-    assert list(registry().features()) == ["eplb", "kv", "oven", "scheduler", "service"]
+    assert list(registry().features()) == [
+        "eplb",
+        "kv",
+        "oven",
+        "scheduler",
+        "service",
+        "spec_decode",
+    ]
     assert registry().sections()["oven"].__name__ == "OvenSection"
 
 

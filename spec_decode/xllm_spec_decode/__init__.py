@@ -1,0 +1,1 @@
+"""Adaptive speculative decoding: whose draft, how far, and when not at all."""

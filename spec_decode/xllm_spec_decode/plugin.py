@@ -1,0 +1,133 @@
+"""Registers the adaptive proposer, exactly as a third party's plugin would register its feature."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from xllm_plugins.compat import spec_proposer
+from xllm_plugins.config import Mode
+from xllm_plugins.errors import NotAvailableError
+from xllm_plugins.features import Attachment, Feature
+from xllm_plugins.hookspecs import hookimpl
+from xllm_plugins.status import Report
+from xllm_spec_decode.books import METRICS, report_of
+from xllm_spec_decode.config import Choice, SpecDecodeSection
+
+# Imported by vLLM's model runner and nobody before: numba in the process breaks what vLLM's CPU
+# worker does when it starts, so nothing here imports what loops over tokens.
+_MODULE = "xllm_spec_decode.proposer"
+PROPOSERS = {
+    Choice.BEST: f"{_MODULE}.XllmProposer",
+    Choice.NGRAM: f"{_MODULE}.NgramProposer",
+    Choice.SUFFIX: f"{_MODULE}.SuffixProposer",
+}
+_METHODS = {"ngram": Choice.NGRAM, "[ngram]": Choice.NGRAM, "suffix": Choice.SUFFIX}
+_ASK_EVERY_S = 10.0  # workers answer between steps
+_asked: tuple[float, Report] | None = None  # of this engine process
+
+
+def prepare(engine_args: Any, section: SpecDecodeSection) -> Mapping[str, Any]:
+    """The arguments with our proposer, where nothing that the user set speaks against it."""
+    choice, most = section.drafter, section.most_tokens
+    own = engine_args.speculative_config
+    if own:
+        method = str(own.get("method") or own.get("model"))
+        if section.mode is not Mode.ON:
+            raise NotAvailableError(
+                f"--speculative-config with {method} is kept; spec_decode.mode=on steers ngram and "
+                "suffix"
+            )
+        if method not in _METHODS:
+            raise NotAvailableError(
+                f"--speculative-config with {method} is kept; ngram and suffix can be steered"
+            )
+        choice, most = _METHODS[method], own.get("num_speculative_tokens", most)
+    _check_arguments(engine_args, section, most)
+    return {
+        "speculative_config": {
+            "method": "custom_class",
+            "model": PROPOSERS[choice],
+            "num_speculative_tokens": most,
+        }
+    }
+
+
+def _check_arguments(engine_args: Any, section: SpecDecodeSection, most: int) -> None:
+    from vllm.platforms import current_platform
+
+    if engine_args.async_scheduling:
+        raise NotAvailableError(
+            "--async-scheduling is kept; drafts from texts need the last step's tokens first"
+        )
+    if current_platform.is_out_of_tree():
+        raise NotAvailableError(
+            f"the runner of {current_platform.device_name} takes no proposer of another's class"
+        )
+    if section.mode is Mode.ON:
+        return
+    if not current_platform.is_cpu():
+        raise NotAvailableError(
+            f"on {current_platform.device_name} drafts from texts give up asynchronous scheduling "
+            "and vLLM's V2 runner; spec_decode.mode=on takes that"
+        )
+    if engine_args.pipeline_parallel_size > 1:
+        raise NotAvailableError("pipeline stages would wait for drafts; spec_decode.mode=on lets")
+    tokens, requests = engine_args.max_num_batched_tokens, engine_args.max_num_seqs
+    if engine_args.enable_lora and (tokens or 0) < (requests or tokens or 1) * (most + 1):
+        raise NotAvailableError(
+            "with --enable-lora vLLM wants --max-num-batched-tokens to be at least --max-num-seqs "
+            f"times {most + 1}, spec_decode.most_tokens and one; both have to be given"
+        )
+
+
+def attach(attachment: Attachment) -> str:
+    """Say which drafters propose, or why none do."""
+    section = attachment.section
+    assert isinstance(section, SpecDecodeSection)
+    prepare(attachment.engine_args, section)
+    config = attachment.vllm_config
+    if config.model_config.runner_type == "pooling":
+        raise NotAvailableError("pooling models generate no tokens")
+    speculative = config.speculative_config
+    if speculative is None or speculative.model not in PROPOSERS.values():
+        raise NotAvailableError("vLLM's configuration was built without our proposer")
+    return "vllm.v1.spec_decode.custom_class_proposer"
+
+
+def worker_facts(worker: Any) -> dict[str, Any] | None:
+    """Called in a worker process: what its proposer has done; None where there is none."""
+    module = sys.modules.get(_MODULE)
+    proposer = None if module is None else module.current()
+    return None if proposer is None else proposer.facts()
+
+
+def report(engine_core: Any) -> Report:
+    """What the worker has drafted, asked now and then."""
+    global _asked
+    now = time.monotonic()
+    if _asked is None or now - _asked[0] >= _ASK_EVERY_S:
+        facts = spec_proposer.ask_worker(engine_core, worker_facts)
+        _asked = (now, Report() if facts is None else report_of(facts))
+    return _asked[1]
+
+
+FEATURE = Feature(
+    name="spec_decode",
+    summary="Each request is drafted for by whom and as far as it gains, and not where it costs.",
+    section=SpecDecodeSection,
+    prepare=prepare,
+    attach=attach,
+    install=spec_proposer.install,
+    seams=("spec_proposer",),
+    metrics=METRICS,
+    report=report,
+)
+
+
+@hookimpl
+def xllm_features() -> list[Feature]:
+    """The ``spec_decode`` feature."""
+    return [FEATURE]

@@ -1,0 +1,163 @@
+"""The class that vLLM makes its drafts with, told by our seam what they are for."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from xllm_plugins.activation import SETTINGS_KEY, active_features, section_of
+from xllm_plugins.compat.scheduler_levers import idle_experts
+from xllm_plugins.compat.spec_proposer import SALT
+from xllm_plugins.config import Section
+from xllm_plugins.errors import XllmError
+from xllm_spec_decode.config import Choice, SpecDecodeSection
+from xllm_spec_decode.drafters import Drafter, PromptLookup
+from xllm_spec_decode.recent import RecentOutputs
+from xllm_spec_decode.slots import Request
+from xllm_spec_decode.speculator import Speculator, Step
+
+logger = logging.getLogger("vllm.xllm_spec_decode")
+
+_ABSENT = 2  # times the requests of a step that are remembered, for those preempted or held back
+_WINDOW = 8192  # tokens of a text that prompt lookup remembers
+_proposer: XllmProposer | None = None  # of this worker process
+
+
+class XllmProposer:
+    """Drafts for a whole step; made by vLLM with its configuration, once in a worker process.
+
+    Whatever goes wrong in here costs drafts and never a request.
+
+    Attributes:
+        choice: whose drafts are used.
+    """
+
+    choice = Choice.BEST
+
+    def __init__(self, vllm_config: Any) -> None:
+        global _proposer
+        section, self._tpot_ms = _settings(vllm_config)
+        most = vllm_config.speculative_config.num_speculative_tokens
+        slots = _ABSENT * vllm_config.scheduler_config.max_num_seqs
+        drafters = _drafters(self.choice, slots, int(section.shared_mib * (1 << 20)))
+        self._speculator = Speculator(drafters, slots, most, idle_experts(vllm_config))
+        self._length = vllm_config.model_config.max_model_len
+        self._step: Step | None = None
+        self._failed = ""
+        _proposer = self
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """There is none; what loops over tokens is compiled now and not in a request's time."""
+        tokens = np.zeros((2, self._length), np.int32)
+        ids = ["xllm-warm-up-1", "xllm-warm-up-2"]
+        prompts, lengths = np.full(2, 4, np.int64), np.full(2, 12, np.int64)
+        step = Step(ids, {one: Request(None) for one in ids}, (), {}, 2, prompts)
+        self._speculator.warm_up(step, [[0], [0]], lengths, tokens)
+
+    def xllm_see(self, scheduler_output: Any, input_batch: Any) -> None:
+        """Called by the seam before :meth:`propose`, with what vLLM has just computed."""
+        ids = input_batch.req_ids
+        self._step = Step(
+            ids=list(ids),
+            new={
+                one.req_id: Request(_tenant(one), self._tpot_ms(one))
+                for one in scheduler_output.scheduled_new_reqs
+            },
+            finished=list(scheduler_output.finished_req_ids),
+            drafted={
+                request_id: len(tokens)
+                for request_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items()
+            },
+            computed_tokens=scheduler_output.total_num_scheduled_tokens,
+            prompts=input_batch.num_prompt_tokens[: len(ids)].astype(np.int64),
+        )
+
+    def propose(
+        self,
+        sampled_token_ids: Sequence[Sequence[int]],
+        num_tokens_no_spec: Any,
+        token_ids_cpu: Any,
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """By vLLM's contract: a draft for each request, empty for none."""
+        step, self._step = self._step, None
+        if step is None or self._failed:
+            return [[] for _ in sampled_token_ids]
+        lengths = num_tokens_no_spec[: len(step.ids)].astype(np.int64)
+        try:
+            return self._speculator.propose(
+                step, sampled_token_ids, lengths, token_ids_cpu, time.monotonic()
+            )
+        except Exception as error:
+            logger.exception("Speculation failed and is switched off")
+            self._failed = f"{type(error).__name__}: {error}"
+            return [[] for _ in sampled_token_ids]
+
+    def facts(self) -> dict[str, Any]:
+        """What was done and is expected, in plain types."""
+        return {**self._speculator.facts(), "stands_back": self._failed}
+
+
+class NgramProposer(XllmProposer):
+    """Drafts from the request's own text alone."""
+
+    choice = Choice.NGRAM
+
+
+class SuffixProposer(XllmProposer):
+    """Drafts from recent outputs alone."""
+
+    choice = Choice.SUFFIX
+
+
+def current() -> XllmProposer | None:
+    """The one of this process."""
+    return _proposer
+
+
+def _settings(vllm_config: Any) -> tuple[SpecDecodeSection, Callable[[Any], float]]:
+    """Our section, and what says which TPOT a new request is owed."""
+    sections: dict[str, Section] = {
+        feature.name: section_of(feature, vllm_config) for feature in active_features(vllm_config)
+    }
+    section = sections.get("spec_decode")
+    if not isinstance(section, SpecDecodeSection):
+        raise XllmError(
+            f"XllmProposer was asked for, and xllm.spec_decode is not active; it is by "
+            f"--plugins xllm.spec_decode ({SETTINGS_KEY} in --additional-config has its settings)."
+        )
+    if section.tpot_ms:
+        return section, lambda request: section.tpot_ms
+    scheduler = sections.get("scheduler")
+    if scheduler is None:
+        return section, lambda request: math.inf
+    return section, lambda request: _owed_tpot_ms(request, scheduler)
+
+
+def _owed_tpot_ms(request: Any, scheduler: Any) -> float:
+    from xllm_scheduler.classes import classify
+
+    xargs: Mapping[str, Any] = getattr(request.sampling_params, "extra_args", None) or {}
+    service = classify(xargs, 0, scheduler)
+    return service.tpot_ms if service.online else math.inf
+
+
+def _tenant(request: Any) -> tuple[Any, ...] | None:
+    if not hasattr(request, SALT):
+        return None  # nobody's but its own
+    lora = request.lora_request
+    return (getattr(request, SALT), None if lora is None else lora.lora_int_id)
+
+
+def _drafters(choice: Choice, slots: int, shared_bytes: int) -> dict[str, Drafter]:
+    drafters: dict[str, Drafter] = {}
+    if choice is not Choice.SUFFIX:
+        drafters["ngram"] = PromptLookup(slots, _WINDOW)
+    if choice is not Choice.NGRAM:
+        drafters["suffix"] = RecentOutputs(slots, shared_bytes)
+    return drafters
