@@ -121,7 +121,7 @@ FEATURE = Feature(
     prepare=prepare,
     attach=attach,
     install=spec_proposer.install,
-    seams=("spec_proposer",),
+    seams=("spec_proposer", "spec_sampling"),
     metrics=METRICS,
     report=report,
 )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from xllm_plugins.activation import SETTINGS_KEY, active_features, section_of
+from xllm_plugins.compat import spec_sampling
 from xllm_plugins.compat.scheduler_levers import idle_experts
 from xllm_plugins.compat.spec_proposer import SALT
 from xllm_plugins.config import Section
@@ -41,6 +42,7 @@ class XllmProposer:
 
     def __init__(self, vllm_config: Any) -> None:
         global _proposer
+        spec_sampling.mend()
         section, self._tpot_ms = _settings(vllm_config)
         most = vllm_config.speculative_config.num_speculative_tokens
         slots = _ABSENT * vllm_config.scheduler_config.max_num_seqs

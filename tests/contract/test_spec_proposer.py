@@ -12,16 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from vllm.platforms import current_platform
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import init_none_hash
 from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.spec_decode.custom_class_proposer import create_custom_proposer
 from vllm.v1.worker import gpu_model_runner
 
 from tests.contract.engine import request
 from xllm_plugins.activation import REPORT_KEY, SETTINGS_KEY
-from xllm_plugins.compat import spec_proposer, vllm_version
+from xllm_plugins.compat import spec_proposer, spec_sampling, vllm_version
 from xllm_plugins.compat.spec_proposer import SALT
 from xllm_plugins.config import Mode, section_values
 from xllm_plugins.errors import NotAvailableError
@@ -85,6 +87,9 @@ class Runner:
             sampled_token_ids, batch.num_tokens_no_spec, batch.token_ids_cpu, slot_mappings=None
         )
 
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        return spec_decode_metadata
+
 
 def output(**fields: Any) -> SimpleNamespace:
     given = {
@@ -100,11 +105,11 @@ def output(**fields: Any) -> SimpleNamespace:
 def runner(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes a runner of a configuration, with our seam over it."""
     monkeypatch.setattr(gpu_model_runner, "GPUModelRunner", Runner)
-    original = Runner.propose_draft_token_ids
+    originals = Runner.propose_draft_token_ids, Runner._sample
     spec_proposer.install()
     spec_proposer.install()  # every process may, several times
     yield Runner
-    Runner.propose_draft_token_ids = original  # type: ignore[method-assign]
+    Runner.propose_draft_token_ids, Runner._sample = originals  # type: ignore[method-assign]
 
 
 def test_the_runners_step_reaches_the_proposer(runner: Any) -> None:
@@ -116,6 +121,24 @@ def test_the_runners_step_reaches_the_proposer(runner: Any) -> None:
     made.propose_draft_token_ids(output(scheduled_spec_decode_tokens={"one": [4, 5]}), [[4, 9]])
     found = made.drafter.facts()
     assert (found["drafted"]["ngram"], found["accepted"]["ngram"]) == (2, 1)
+
+
+def test_a_step_without_drafts_is_sampled_as_without_a_proposer(runner: Any) -> None:
+    made = runner(config_of())
+    none, some = SimpleNamespace(max_spec_len=0), SimpleNamespace(max_spec_len=2)
+    assert [made._sample(None, drafted) for drafted in (None, none, some)] == [None, None, some]
+    made.drafter = SimpleNamespace()  # of another method
+    assert made._sample(None, none) is none
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
+def test_drafted_tokens_have_their_requests_temperature_and_top_k(dtype: torch.dtype) -> None:
+    spec_sampling.mend()
+    values, ends = torch.tensor([7, 0, 3, 5], dtype=dtype), torch.tensor([2, 3, 3, 6])
+    found = rejection_sampler.expand_batch_to_tokens(
+        values, ends.int(), 6, replace_from=0, replace_to=1
+    )
+    assert (found.dtype, found.tolist()) == (dtype, [7, 7, 1, 5, 5, 5])
 
 
 def test_without_the_seam_nothing_is_drafted() -> None:

@@ -28,6 +28,7 @@ SEAMS = (
     "request_class",
     "scheduler_levers",
     "spec_proposer",
+    "spec_sampling",
     "target_platform",
 )
 _MARK = "__xllm_seam__"
@@ -126,8 +127,8 @@ def _problem(target: Target) -> str:
     return ""
 
 
-def patch(owner: type, attribute: str, make: Callable[[Any], Any], seam: str) -> None:
-    """Replace one attribute of an upstream class by ``make(the original)``, once.
+def patch(owner: type | ModuleType, attribute: str, make: Callable[[Any], Any], seam: str) -> None:
+    """Replace one attribute of an upstream class or module by ``make(the original)``, once.
 
     ``make`` returns a function with the signature of the original. Doing it again for the same seam
     changes nothing, so every process may.

@@ -3,7 +3,8 @@
 vLLM's ``custom_class`` proposer is given texts and no more. The runner's method that calls it is
 wrapped: a proposer that has ``xllm_see`` is told what the step computed just before. A request's
 cache salt does not reach the worker at all, so it is put beside what the scheduler sends of a new
-request.
+request. And vLLM 0.32 samples by rejection also where nothing was drafted, which costs time and, on
+a CPU, ends the engine at a request with ``top_k``: such a step is sampled as without a proposer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from typing import Any
 from xllm_plugins.compat import Target, patch
 from xllm_plugins.compat.lazy import when_imported
 
-WHY = "A custom_class proposer learns neither request ids nor what was drafted, accepted or salted."
+WHY = (
+    "A custom_class proposer learns neither request ids nor what was drafted, accepted or salted, "
+    "and steps without drafts are sampled by rejection."
+)
 HOLDS_FOR = ">=0.23,<0.33"
 _RUNNER, _OUTPUT = "vllm.v1.worker.gpu_model_runner", "vllm.v1.core.sched.output"
 SEAM = (
@@ -24,6 +28,8 @@ SEAM = (
         f"{_RUNNER}:GPUModelRunner.propose_draft_token_ids",
         ("self", "scheduler_output", "sampled_token_ids"),
     ),
+    Target(f"{_RUNNER}:GPUModelRunner._sample", ("self", "logits", "spec_decode_metadata")),
+    Target("vllm.v1.spec_decode.metadata:SpecDecodeMetadata.__post_init__", ("self",)),
     Target(f"{_OUTPUT}:NewRequestData.from_request", ("request", "block_ids")),
     Target("vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer", ("vllm_config",)),
     Target("vllm.v1.executor.abstract:Executor.collective_rpc", ("self", "method")),
@@ -32,10 +38,11 @@ SALT = "xllm_cache_salt"
 
 
 def install() -> None:
-    """Wrap both in this process, when vLLM imports them."""
+    """Wrap them in this process, when vLLM imports them."""
 
     def patch_runner(module: ModuleType) -> None:
         patch(module.GPUModelRunner, "propose_draft_token_ids", _tell, "spec_proposer")
+        patch(module.GPUModelRunner, "_sample", _plainly, "spec_proposer")
 
     def patch_output(module: ModuleType) -> None:
         patch(module.NewRequestData, "from_request", _salt, "spec_proposer")
@@ -53,6 +60,17 @@ def _tell(original: Any) -> Any:
         return original(self, scheduler_output, *args, **kwargs)
 
     return propose_draft_token_ids
+
+
+def _plainly(original: Any) -> Any:
+    @functools.wraps(original)
+    def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+        drafted = spec_decode_metadata
+        if drafted is not None and not drafted.max_spec_len and hasattr(self.drafter, "xllm_see"):
+            drafted = None
+        return original(self, logits, drafted)
+
+    return _sample
 
 
 def _salt(original: Any) -> Any:
