@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from xllm_plugins.config import Section, option
+from xllm_plugins.config import Mode, Section, option
 
 
 class Choice(str, Enum):
@@ -20,6 +20,8 @@ class Choice(str, Enum):
 class SpecDecodeSection(Section):
     """The ``spec_decode`` section."""
 
+    # Until it has been measured that drafts are never slower than none.
+    mode: Mode = option(Mode.OFF, "on where it can help, always on, or off")
     drafter: Choice = option(
         Choice.BEST,
         "whose drafts are used: ngram (the request's own text), suffix (recent outputs of all "

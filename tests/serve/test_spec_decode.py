@@ -70,7 +70,8 @@ def test_greedy_answers_are_those_without_drafts(
 ) -> None:
     _, plain = plain_answers
     expected = everything(plain)
-    with start("--plugins", "xllm.spec_decode") as server:
+    settings = '{"spec_decode": {"mode": "auto"}}'
+    with start("--plugins", "xllm.spec_decode", "--xllm-config", settings) as server:
         assert everything(server) == expected
         for _ in range(30):  # the worker is asked now and then
             found = facts(server)
