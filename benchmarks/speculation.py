@@ -122,7 +122,7 @@ def measured(system: str, quick: bool, python: str) -> list[Any]:
     # Arctic's library brings a plugin of its own that is not measured here.
     env["VLLM_PLUGINS"] = "xllm"
     if system == "ours":
-        env["XLLM_PLUGINS"] = "xllm.spec_decode"
+        env |= {"XLLM_PLUGINS": "xllm.spec_decode", "XLLM_SPEC_DECODE_MODE": "auto"}
     command = [python, "-m", "benchmarks.speculation", "--child", system]
     ran = subprocess.run(
         command + ["--quick"] * quick,

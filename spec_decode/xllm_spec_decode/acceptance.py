@@ -23,10 +23,8 @@ _PRIOR = (0.3, 0.4, 0.5, 0.65, 0.75, 0.85)
 _PRIOR_TRIES = 8.0
 _LATER_BONUS = 0.15  # by which a token's chance rises once the one before was right
 _MEMORY = 0.998  # weight of a try after one more
-_OWN_MEMORY, _OWN_PRIOR = (
-    0.96,
-    4.0,
-)  # the same of one request; tokens that its own record starts with
+_OWN_MEMORY = 0.96  # the same of one request,
+_OWN_PRIOR = 4.0  # and the tokens that its own record starts with
 _MOST_CHANCE = 0.98
 
 

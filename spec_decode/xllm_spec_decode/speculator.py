@@ -18,10 +18,8 @@ from xllm_spec_decode.slots import Request, Slots
 
 logger = logging.getLogger("vllm.xllm_spec_decode")
 
-_FIRST_TOKENS, _GROWTH = (
-    8,
-    2,
-)  # drafted in a step of which nothing alike was measured; then so often
+_FIRST_TOKENS = 8  # drafted at most before anything was measured,
+_GROWTH = 2  # and then so often as many as in any step that was
 _PROBE_EVERY = 64  # steps without drafts after which one request's shows what drafting costs now
 _PROBE_CHANCE = 0.5  # of the tokens that it takes
 _STALE_S = 1.0  # a step that took longer waited for something else

@@ -136,9 +136,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]
             for key, chunk in zip(job.keys, job.chunk_ids, strict=True):
                 self._get(key, self._chunk(chunk))
                 read.append(key)
-        except BlockError as error:
-            return _Done(read, error)
-        except self.failures as error:
+        except (BlockError, *self.failures) as error:
             return _Done(read, error)
         return _Done(read)
 
