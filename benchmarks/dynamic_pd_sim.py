@@ -54,6 +54,7 @@ MIXED, MINIMAL, PUBLISHED, CODED, OURS, ORACLE = (
     "all mixed", "minimal load", "xLLM's rule", "xLLM's code", "ours", "oracle",
 )  # fmt: skip
 FIXED = tuple(f"{k} prefill, {INSTANCES - k} decode" for k in range(1, INSTANCES))
+DIVISIONS = {MIXED: 0, **{name: n + 1 for n, name in enumerate(FIXED)}}
 SYSTEMS = (MIXED, *FIXED, MINIMAL, PUBLISHED, CODED, OURS)
 CLAIM_OF_FIXED, CLAIM_OF_SWING, CLAIM_OF_ORACLE = 1.0, 1.2, 0.9
 XLLM_SPLIT = 4  # half and half, as its evaluation divides them
@@ -187,13 +188,16 @@ def by_minute(system: str, scheduler: str, work: Work, factor: float) -> dict[in
 
 
 def planned(minutes: Mapping[str, Mapping[int, tuple[int, int]]]) -> list[int]:
-    """For each minute the division that did best in it, of runs that kept one throughout."""
+    """For each minute the division that did best in it, of runs that kept one throughout.
+
+    Of several as good, the one that did best in all minutes together.
+    """
     last = max(minute for one in minutes.values() for minute in one)
-    divisions = {MIXED: 0, **{name: n + 1 for n, name in enumerate(FIXED)}}
+    total = {name: sum(met for met, _ in one.values()) for name, one in minutes.items()}
     plan = []
     for minute in range(last + 1):
         met = {name: one.get(minute, (0, 0))[0] for name, one in minutes.items()}
-        plan.append(divisions[max(met, key=lambda name: met[name])])
+        plan.append(DIVISIONS[max(met, key=lambda name: (met[name], total[name]))])
     return plan
 
 
@@ -266,9 +270,9 @@ def _oracle(
     pool: ProcessPoolExecutor, fixed: Sequence[str], scheduler: str, work: Work,
     results: Mapping[str, Result],
 ) -> Result:  # fmt: skip
-    """The best of some plans that know what each minute will bring."""
+    """The best of plans that know what each minute brings, and of one that changes nothing."""
     top = max(one.factor for one in results.values())
-    plans: list[list[int]] = []
+    plans = [[DIVISIONS[max(fixed, key=lambda name: results[name].goodput_s)]]]
     for factor in (top, 1.15 * top):
         runs = {name: pool.submit(by_minute, name, scheduler, work, factor) for name in fixed}
         plan = planned({name: run.result() for name, run in runs.items()})

@@ -1,20 +1,22 @@
 """Which instances prefill, which generate, and which do both, as the load moves.
 
-Each division of the instances is judged by the pressure that the present demand would put on it:
-the largest share of time that any of its pools would need, 1 where an SLO just holds. With prefills
-that take ``P`` of one instance's time, ``R`` requests that generate over ``S`` tokens of context,
-``n`` instances and a TPOT SLO of ``T``:
+Each division of the instances is judged by its pressure: the share that the present demand is of
+the largest demand like it under which the SLOs would hold, 1 where they just do. What a step takes
+whatever it computes is no demand. With prefills that take ``P`` of one instance's time, requests
+that generate and add ``L`` ms to a step of all of them together, ``n`` instances and a TPOT SLO
+that leaves ``F`` of its ``T`` ms beside what a step takes anyway:
 
-    apart, k prefill:   max(P / k, step(R / (n - k), S / (n - k)) / T)
-    all of them mixed:  P / n + step(R / n, S / n) / T    where the engine keeps a pace;
-                        (step(R / n, S / n) + w (m + 1.3 sqrt(m)) / a) / T    where it does not
+    apart, k prefill:   max(P / k, L / (n - k) / F)
+    all of them mixed:  (P T + L) / n / F               where the engine keeps a pace;
+                        x^2, F x^2 = (P T + L) / n + 1.3 x sqrt(m) w / a      where it does not
 
 Without a pace an answer of ``a`` tokens is interrupted by the prompts that come meanwhile, ``w`` ms
 each: about Poisson, ``m = P / n * a T / w`` of them, and one answer in ten has 1.3 deviations more.
 
 The division with the lowest pressure is taken if it is lower by a margin, for several looks in a
-row, and not soon after the last change. Source: the pools and the check by simulated redistribution
-are those of xLLM's and llm-d's controllers (arXiv 2510.14686; WVA); the pressure is ours.
+row, not soon after the last change, and not while there is little to do. Source: the pools and the
+check by simulated redistribution are those of xLLM's and llm-d's controllers (arXiv 2510.14686;
+WVA); the pressure is ours.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 _BACKLOG_S = 2.0  # in which prompts that wait have to be computed beside those to come
 _TAIL = 1.3  # standard deviations that one in ten is beyond
+_LITTLE = 0.25  # a pressure below which any division will do
+_LEAST_LEFT = 0.02  # of a TPOT SLO, to divide by where a step takes more than that anyway
 
 
 class Demand(NamedTuple):
@@ -102,7 +106,8 @@ class DynamicRoles(RolePolicy):
         now = 0 if mixed else present
         pressures = [self.pressure(there, demand, k) for k in range(count)]
         best = min(range(count), key=pressures.__getitem__)
-        if pressures[best] > pressures[now] * (1.0 - self._margin) or best == now:
+        gains = pressures[best] < pressures[now] * (1.0 - self._margin)
+        if not gains or pressures[now] < _LITTLE:
             self._agreed = 0
             return {}
         self._agreed = self._agreed + 1 if best == self._wanted else 1
@@ -116,23 +121,20 @@ class DynamicRoles(RolePolicy):
 
     def pressure(self, there: Sequence[InstanceView], demand: Demand, prefills: int) -> float:
         """The pressure with so many prefill instances, the rest for decode; with 0, all mixed."""
-        count = len(there)
-        times = there[0].step_time
+        count, slo_ms, times = len(there), self._tpot_ms, there[0].step_time
         decodes = count - prefills
-
-        def step_share(among: int) -> float:
-            step = times.base + times.experts_ms(max(1, round(demand.running / among)))
-            step += (times.decode * demand.running + times.context * demand.context_tokens) / among
-            return step / self._tpot_ms
-
+        anyway_ms = times.base + times.experts_ms(max(1, round(demand.running / decodes)))
+        left_ms = max(slo_ms - anyway_ms, _LEAST_LEFT * slo_ms)
+        added_ms = (times.decode * demand.running + times.context * demand.context_tokens) / decodes
         if prefills:
-            return max(demand.prefills / prefills, step_share(decodes))
-        share = demand.prefills / count
-        if math.isfinite(there[0].pace_ms):
-            return share + step_share(count)
-        prompts = share * demand.answer_tokens * self._tpot_ms / demand.prompt_ms
-        stalls_ms = (prompts + _TAIL * math.sqrt(prompts)) * demand.prompt_ms
-        return step_share(count) + stalls_ms / demand.answer_tokens / self._tpot_ms
+            return max(demand.prefills / prefills, added_ms / left_ms)
+        share, spread_ms = demand.prefills / count, 0.0
+        if not math.isfinite(there[0].pace_ms):
+            prompts = share * demand.answer_tokens * slo_ms / demand.prompt_ms
+            spread_ms = _TAIL * math.sqrt(prompts) * demand.prompt_ms / demand.answer_tokens
+        mean_ms = share * slo_ms + added_ms
+        root = (spread_ms + math.sqrt(spread_ms**2 + 4.0 * mean_ms * left_ms)) / (2.0 * left_ms)
+        return root**2
 
 
 def demand_of(instances: Sequence[InstanceView]) -> Demand:

@@ -38,17 +38,33 @@ def prefills(there: list[InstanceView], changes: Mapping[str, Role]) -> int:
     return sum(changes.get(v.instance_id, v.role) is Role.PREFILL for v in there)
 
 
+def scaled(demand: Demand, times: float) -> Demand:
+    return demand._replace(prefills=demand.prefills * times, running=demand.running * times)
+
+
 def test_the_pressure_is_that_of_the_busiest_pool() -> None:
     one = policy()
     demand = Demand(prefills=2.0, running=600.0, context_tokens=0.0)
-    assert one.pressure(EIGHT, demand, 4) == max(2.0 / 4, (7.0 + 0.2 * 150) / 50.0)
+    assert one.pressure(EIGHT, demand, 4) == pytest.approx(0.2 * 150 / (50.0 - 7.0))
     assert one.pressure(EIGHT, demand, 1) == 2.0
+
+
+def test_all_mixed_are_under_a_pressure_of_one_where_the_slo_just_holds() -> None:
+    one = policy()
+    demand = Demand(2.0, 600.0, 0.0, prompt_ms=125.0, answer_tokens=20.0)
     paced = [view._replace(pace_ms=50.0) for view in EIGHT]
-    assert one.pressure(paced, demand, 0) == 2.0 / 8 + (7.0 + 0.2 * 75) / 50.0
-    # Two prompts of 125 ms in an answer of 20 tokens and one second, and one in ten has more.
-    stalled = demand._replace(prompt_ms=125.0, answer_tokens=20.0)
-    expected = (7.0 + 0.2 * 75 + 125.0 * (2.0 + 1.3 * 2.0**0.5) / 20.0) / 50.0
-    assert one.pressure(EIGHT, stalled, 0) == pytest.approx(expected)
+    most = scaled(demand, 1.0 / one.pressure(paced, demand, 0))
+    assert most.prefills / 8 + (7.0 + 0.2 * most.running / 8) / 50.0 == pytest.approx(1.0)
+    # Without a pace prompts of 125 ms interrupt an answer of 20 tokens and one second.
+    most = scaled(demand, 1.0 / one.pressure(EIGHT, demand, 0))
+    prompts = most.prefills / 8 * 1000.0 / 125.0
+    stalls_ms = 125.0 * (prompts + 1.3 * prompts**0.5) / 20.0
+    assert 7.0 + 0.2 * most.running / 8 + stalls_ms == pytest.approx(50.0)
+
+
+def test_where_there_is_little_to_do_nothing_changes() -> None:
+    assert policy().roles(split(1, prefill_share=0.2, running=1), 0.0) == {}
+    assert policy().roles(split(1, prefill_share=0.0, running=0), 0.0) == {}
 
 
 def test_prompts_that_wait_are_demand() -> None:
