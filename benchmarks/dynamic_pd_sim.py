@@ -151,15 +151,20 @@ def _divided(prefills: int) -> list[Role]:
 
 def simulated(
     system: str, scheduler: str, work: Work, factor: float, plan: Sequence[int] = (),
-    *, least: float = 0.0,
+    *, least: float = 0.0, drained: bool = True,
 ) -> Run:  # fmt: skip
-    """One run, to the last answer or until the least attainment is out of reach."""
+    """One run, to the last answer or until the least attainment is out of reach.
+
+    Not ``drained``, it ends a minute after the last request has come.
+    """
     roles, routing, role_policy = policies(system, plan)
     every_s = 0.1 if system in (PUBLISHED, CODED) else 1.0
     spec = ClusterSpec(roles, LINKS[LINK], drain=False, roles_every_s=every_s)
     profile = find_profile(GPU, MODEL, TENSOR_PARALLEL)
     cluster = Cluster(spec, _engine(scheduler), profile, routing, role_policy)
-    return cluster.run([Stream("online", True, SLO, asks=work.asks(factor))], least=least)
+    asks = work.asks(factor)
+    seconds = None if drained else asks[-1].at_s + MINUTE_S
+    return cluster.run([Stream("online", True, SLO, asks=asks)], seconds=seconds, least=least)
 
 
 def highest(
@@ -180,7 +185,7 @@ def highest(
 def by_minute(system: str, scheduler: str, work: Work, factor: float) -> dict[int, tuple[int, int]]:
     """For each minute, how many of the requests that came in it were in time, and how many came."""
     found: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0])
-    for outcome in simulated(system, scheduler, work, factor).outcomes:
+    for outcome in simulated(system, scheduler, work, factor, drained=False).outcomes:
         minute = found[int(outcome.arrival_s / MINUTE_S)]
         minute[0] += outcome.met
         minute[1] += 1
@@ -273,11 +278,8 @@ def _oracle(
     """The best of plans that know what each minute brings, and of one that changes nothing."""
     top = max(one.factor for one in results.values())
     plans = [[DIVISIONS[max(fixed, key=lambda name: results[name].goodput_s)]]]
-    for factor in (top, 1.15 * top):
-        runs = {name: pool.submit(by_minute, name, scheduler, work, factor) for name in fixed}
-        plan = planned({name: run.result() for name, run in runs.items()})
-        if plan not in plans:
-            plans.append(plan)
+    runs = {name: pool.submit(by_minute, name, scheduler, work, top) for name in fixed}
+    plans.append(planned({name: run.result() for name, run in runs.items()}))
     found = [pool.submit(highest, ORACLE, scheduler, work, top, plan) for plan in plans]
     best = max((one.result() for one in found), key=lambda pair: pair[1])
     return Result(*best)
