@@ -65,8 +65,9 @@ def main() -> int:
             for system in order:
                 seen.setdefault(system, []).append(_asked(servers[system], prompt, TOKENS))
             order.append(order.pop(0))
+        taken = others.share()  # while servers are there to be told from others
     console.print(_table(seen))
-    console.print(f"{cpu_name()}; others took {others.share():.0%} of it")
+    console.print(f"{cpu_name()}; others took {taken:.0%} of it")
     if options.json:
         plain = {system: [dataclasses.asdict(s) for s in one] for system, one in seen.items()}
         options.json.write_text(json.dumps(plain, indent=1))
