@@ -290,8 +290,6 @@ def test_sampled_tokens_follow_the_models_distribution() -> None:
     found = json.loads(ran.stdout.splitlines()[-1])
     assert found["accepted"] > 5_000
     counts = np.array(found["counts"])
-    import torch
-
     logits = 1.5 * torch.randn(8, 8, generator=torch.Generator().manual_seed(7))
     expected = torch.softmax(logits, -1).numpy() * counts.sum(1, keepdims=True)
     assert ((counts - expected) ** 2 / expected).sum() < 110.0
