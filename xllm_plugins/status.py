@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +20,28 @@ class Report:
 
 
 _reporters: dict[str, Callable[[], Report]] = {}
+_WORKERS_EVERY_S = 10.0  # they answer between steps
+
+
+def now_and_then(
+    make: Callable[[Any], Report], clock: Callable[[], float] = time.monotonic
+) -> Callable[[Any], Report]:
+    """A report for which a worker has to be asked: made anew every ten seconds at most.
+
+    Args:
+        make: makes the report of an engine core.
+        clock: seconds, monotonic.
+    """
+    last: tuple[float, Report] | None = None
+
+    @functools.wraps(make)
+    def report(engine_core: Any) -> Report:
+        nonlocal last
+        if last is None or clock() - last[0] >= _WORKERS_EVERY_S:
+            last = (clock(), make(engine_core))
+        return last[1]
+
+    return report
 
 
 def register_reporter(feature: str, reporter: Callable[[], Report]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,11 +15,9 @@ from xllm_plugins.compat import eplb_cpu, eplb_policy, inspect_seam
 from xllm_plugins.errors import NotAvailableError
 from xllm_plugins.features import Attachment, Feature
 from xllm_plugins.hookspecs import hookimpl
-from xllm_plugins.status import Report
+from xllm_plugins.status import Report, now_and_then
 
-_ASK_EVERY_S = 10.0  # workers answer between steps
 _balancer: Balancer | None = None  # of this worker process
-_asked: tuple[float, Report] | None = None  # of this engine process
 
 
 def prepare(engine_args: Any, section: EplbSection) -> Mapping[str, Any]:
@@ -101,14 +98,11 @@ def worker_books(worker: Any) -> dict[str, Any] | None:
     return None if _balancer is None else _balancer.books()
 
 
+@now_and_then
 def report(engine_core: Any) -> Report:
-    """What the workers have decided, asked now and then."""
-    global _asked
-    now = time.monotonic()
-    if _asked is None or now - _asked[0] >= _ASK_EVERY_S:
-        books = eplb_policy.ask_worker(engine_core, worker_books)
-        _asked = (now, Report() if books is None else report_of(books))
-    return _asked[1]
+    """What the workers have decided."""
+    books = eplb_policy.ask_worker(engine_core, worker_books)
+    return Report() if books is None else report_of(books)
 
 
 def worker_windows(after: int, worker: Any) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from xllm_plugins.config import Mode
 from xllm_plugins.errors import NotAvailableError
 from xllm_plugins.features import Attachment, Feature
 from xllm_plugins.hookspecs import hookimpl
-from xllm_plugins.status import Report
+from xllm_plugins.status import Report, now_and_then
 from xllm_spec_decode.books import METRICS, report_of
 from xllm_spec_decode.config import Choice, SpecDecodeSection
 
@@ -25,8 +24,6 @@ PROPOSERS = {
     Choice.SUFFIX: f"{_MODULE}.SuffixProposer",
 }
 _METHODS = {"ngram": Choice.NGRAM, "[ngram]": Choice.NGRAM, "suffix": Choice.SUFFIX}
-_ASK_EVERY_S = 10.0  # workers answer between steps
-_asked: tuple[float, Report] | None = None  # of this engine process
 
 
 def prepare(engine_args: Any, section: SpecDecodeSection) -> Mapping[str, Any]:
@@ -104,14 +101,11 @@ def worker_facts(worker: Any) -> dict[str, Any] | None:
     return None if proposer is None else proposer.facts()
 
 
+@now_and_then
 def report(engine_core: Any) -> Report:
-    """What the worker has drafted, asked now and then."""
-    global _asked
-    now = time.monotonic()
-    if _asked is None or now - _asked[0] >= _ASK_EVERY_S:
-        facts = spec_proposer.ask_worker(engine_core, worker_facts)
-        _asked = (now, Report() if facts is None else report_of(facts))
-    return _asked[1]
+    """What the worker has drafted."""
+    facts = spec_proposer.ask_worker(engine_core, worker_facts)
+    return Report() if facts is None else report_of(facts)
 
 
 FEATURE = Feature(

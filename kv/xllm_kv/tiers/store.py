@@ -132,11 +132,12 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]
     def _read(self, job: TransferJob) -> _Done:
         """Runs in a thread; the keys that were read."""
         read: list[OffloadKey] = []
+        failures: tuple[type[Exception], ...] = (BlockError, *self.failures)
         try:
             for key, chunk in zip(job.keys, job.chunk_ids, strict=True):
                 self._get(key, self._chunk(chunk))
                 read.append(key)
-        except (BlockError, *self.failures) as error:
+        except failures as error:
             return _Done(read, error)
         return _Done(read)
 
