@@ -1,8 +1,9 @@
 """Claim: routing by where KV lies finds nearly all of it, and halves the time to the first token.
 
 Mooncake's conversation trace on eight simulated instances of Qwen3-32B, four H200 each, vLLM's real
-scheduler and prefix cache on virtual time. Hits are compared with those of one cache as large as
-all together with perfect eviction (Belady); goodput is the highest rate at 90 % attainment:
+scheduler (FCFS) and prefix cache on virtual time. Hits are compared with those of one cache as
+large as all together with perfect eviction (Belady); goodput is the highest rate at 90 %
+attainment:
 
     python -m benchmarks.routing_sim --mooncake mooncake_conversation_trace.jsonl
 """
@@ -30,7 +31,7 @@ from benchmarks.lab.routing_rules import VllmRouterKvAware
 from xllm_scheduler.service.config import RouterSection, routing_of
 from xllm_scheduler.service.routing import Role, RoutingPolicy
 from xllm_scheduler.simulate.cluster import Cluster
-from xllm_scheduler.simulate.engine import ELASTIC, Engine, EngineSpec
+from xllm_scheduler.simulate.engine import FCFS, Engine, EngineSpec
 from xllm_scheduler.simulate.hardware import LINKS
 from xllm_scheduler.simulate.members import ClusterSpec
 from xllm_scheduler.simulate.outcomes import Run, Summary
@@ -72,9 +73,8 @@ class Result:
 @functools.cache
 def _engine() -> Engine:
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # the trace's longest prompts
-    settings = {"ttft_ms": SLO.ttft_ms, "tpot_ms": SLO.tpot_ms}
     vllm = {"max_model_len": 131072, "block_size": 128}
-    spec = EngineSpec(MODEL, GPU, TENSOR_PARALLEL, ELASTIC, settings, vllm, kv_events=True)
+    spec = EngineSpec(MODEL, GPU, TENSOR_PARALLEL, FCFS, {}, vllm, kv_events=True)
     return Engine(spec)
 
 
@@ -112,7 +112,9 @@ def goodput(path: Path, policy: str, slice_s: float) -> tuple[float, float]:
     asks = between(_trace(path), 0.0, slice_s)
 
     def summary(factor: float) -> Summary:
-        return simulated(policy, scaled(asks, factor), ATTAINMENT).summary()
+        found = simulated(policy, scaled(asks, factor), ATTAINMENT).summary()
+        print(f"{policy} at {factor:.3g} times the rate: {found.attainment:.1%}", flush=True)
+        return found
 
     factor, points = highest_rate(summary, attainment=ATTAINMENT, precision=PRECISION)
     best = max((p.summary.goodput_s for p in points if p.factor == factor), default=0.0)
@@ -155,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mooncake", type=Path, required=True, help="the conversation trace")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--seconds", type=float, default=3600.0, help="of the trace")
-    parser.add_argument("--slice-s", type=float, default=600.0, help="of it, for goodput; 0: none")
+    parser.add_argument("--slice-s", type=float, default=1200.0, help="of it, for goodput; 0: none")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="simulations at a time")
     parser.add_argument(
         "--json", type=Path, default=ROOT / "benchmarks" / "results" / "routing_sim.json"
