@@ -32,7 +32,7 @@ from benchmarks.lab.server import free_port
 from benchmarks.lab.stub_engine import generated, text_of, tokens_of
 
 STUBS, STREAMS, TOKENS, TOKEN_MS = 4, 40, 150, 10.0
-REAL, REAL_STREAMS, REAL_TOKENS = 2, 6, 160
+REAL, REAL_STREAMS, REAL_TOKENS = 2, 16, 160
 
 
 @dataclass
