@@ -30,7 +30,7 @@ from rich.table import Table
 from benchmarks.lab.etcd import EtcdServer, etcd_server
 from benchmarks.lab.instances import MODEL, Instance, session_of, streamed, vllm_instance
 from benchmarks.lab.model import ROOT
-from benchmarks.lab.nixl import calm, nixl_args, nixl_env
+from benchmarks.lab.nixl import NIXL, nixl_env
 from benchmarks.lab.router import TOKEN, RouterProcess, cores, route
 
 SHORT = "Tell me about the sea and the wind."
@@ -79,9 +79,6 @@ class Stage:
         """Wait until all instances answer and all routers that live know them."""
         for instance in self.instances:
             await instance.up(self.session)
-            assert instance.process is not None
-            assert instance.core is not None
-            await asyncio.to_thread(calm, instance.process.pid, instance.core)
         for router in self.routers:
             if _lives(router):
                 await asyncio.to_thread(router.await_instances, len(self.instances))
@@ -284,8 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stack.enter_context(route("--routing", "slo_aware", "--etcd", etcd.url))
             for _ in range(2)
         ]
-        config = {"service": {"etcd": etcd.url, "token": TOKEN}}
-        args = ["--plugins", "xllm", "--xllm-config", json.dumps(config), *nixl_args()]
+        config = {"service": {"etcd": etcd.url, "token": TOKEN}, **NIXL}
+        args = ["--plugins", "xllm", "--xllm-config", json.dumps(config)]
         instances = []
         for core in (cores() * 2)[:2]:
             instances.append(vllm_instance(core, args, nixl_env()))

@@ -29,7 +29,7 @@ from benchmarks.colocation import DEFAULT_SLO, OFFLINE, SERVER_ARGS, SYSTEMS, WA
 from benchmarks.lab.load import Load, run_load
 from benchmarks.lab.machine import OthersMeter, cpu_name, fast_dtype
 from benchmarks.lab.model import ROOT, prepare_smollm2
-from benchmarks.lab.nixl import calm, nixl_args, nixl_env
+from benchmarks.lab.nixl import NIXL, nixl_env
 from benchmarks.lab.results import RequestClass, Run, output_tokens_in, percentiles, summarize
 from benchmarks.lab.server import Server, serve
 from benchmarks.lab.workload import OnlineLoad
@@ -109,11 +109,11 @@ def measured_pair(model: Path, requests: int) -> tuple[Profile, Run]:
             "VLLM_CPU_OMP_THREADS_BIND": str(core),
             **nixl_env(),
         }
-        return serve(model, args=[*SERVER_ARGS, *nixl_args()], env=env)
+        settings = json.dumps({"scheduler": {"mode": "off"}, **NIXL})
+        args = [*SERVER_ARGS, "--plugins", "xllm", "--xllm-config", settings]
+        return serve(model, args=args, env=env)
 
     with one(0) as prefill, one(1) as decode:
-        calm(prefill.pid, 0)
-        calm(decode.pid, 1)
         _, found = asyncio.run(measure(decode.url, decode.model, LENGTHS, BATCHES))
         profile = found.profile(f"{cpu_name()}, one core|SmolLM2-135M|tp1", "this benchmark")
         # Two instances that have never met take a dozen seconds to connect.

@@ -32,14 +32,12 @@ class Instance:
         port: its.
         command: what runs it.
         env: of it.
-        core: it is bound to this one, if to one.
         kills: how often it was killed.
     """
 
     port: int
     command: Sequence[str]
     env: dict[str, str]
-    core: int | None = None
     kills: int = 0
     process: subprocess.Popen[bytes] | None = None
 
@@ -104,7 +102,7 @@ def vllm_instance(
                "--served-model-name", MODEL, "--enforce-eager", "--max-model-len", "2048",
                "--dtype", "float32", *args]  # fmt: skip
     pinned = {"VLLM_CPU_OMP_THREADS_BIND": str(core), "VLLM_CPU_KVCACHE_SPACE": "1"}
-    return Instance(port, command, {**cpu_environment(), **pinned, **(env or {})}, core)
+    return Instance(port, command, {**cpu_environment(), **pinned, **(env or {})})
 
 
 async def streamed(

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from benchmarks.lab.etcd import etcd_server
 from benchmarks.lab.model import prepare_smollm2
-from benchmarks.lab.nixl import calm, nixl_args, nixl_env
+from benchmarks.lab.nixl import NIXL, nixl_env
 from benchmarks.lab.router import TOKEN, RouterProcess, route
 from benchmarks.lab.server import LOGS, Server, free_port, serve
 
@@ -94,14 +94,12 @@ def _servers(
     model = prepare_smollm2()
     cores = sorted(os.sched_getaffinity(0))
     joins = {"etcd": etcd} if etcd else {"routers": router.url}
-    config = {"service": {**joins, "token": TOKEN}}
+    config = {"service": {**joins, "token": TOKEN}, **(NIXL if _has_nixl() else {})}
     args = [
         "--plugins", "xllm", "--xllm-config", json.dumps(config), "--served-model-name", MODEL,
         "--enforce-eager", "--max-model-len", "2048", "--dtype", "float32",
         "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
     ]  # fmt: skip
-    if _has_nixl():
-        args += nixl_args()
     servers: list[Server] = []
     failures: list[BaseException] = []
 
@@ -114,10 +112,7 @@ def _servers(
         }
         log = LOGS / f"cluster-{number}.log"
         try:
-            server = stack.enter_context(serve(model, args=args, env=env, log_path=log))
-            servers.append(server)
-            if _has_nixl():
-                calm(server.pid, core)
+            servers.append(stack.enter_context(serve(model, args=args, env=env, log_path=log)))
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             failures.append(error)
 
