@@ -103,10 +103,10 @@ class Prompt:
         self._keys: dict[int, list[Key]] = {}
 
     @classmethod
-    def of_text(cls, model: str, text: bytes, salt: str = "") -> Prompt:
+    def of_text(cls, model: str, text: bytes, salt: str = "", lora: str = "") -> Prompt:
         """A prompt of which only the text is known: four bytes stand for a token."""
         whole = text[: len(text) // 4 * 4]
-        return cls(model, array("I", whole).tolist(), salt=salt, approximate=True)
+        return cls(model, array("I", whole), lora, salt, approximate=True)
 
     def keys(self, block_tokens: int) -> list[Key]:
         """The keys of its full blocks."""

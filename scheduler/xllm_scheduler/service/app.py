@@ -20,8 +20,8 @@ from xllm_scheduler.config import SchedulerSection
 from xllm_scheduler.service.batch import add_routes
 from xllm_scheduler.service.config import RouterSection
 from xllm_scheduler.service.console import PAGE
-from xllm_scheduler.service.errors import ApiError
-from xllm_scheduler.service.exchange import Message, Receive, Send
+from xllm_scheduler.service.errors import ApiError, unauthorized
+from xllm_scheduler.service.exchange import Exchange, Message, Receive, Send
 from xllm_scheduler.service.gateway import GENERATES
 from xllm_scheduler.service.load import Beat
 from xllm_scheduler.service.openapi import document, json_body
@@ -50,11 +50,17 @@ def build(section: RouterSection, classes: SchedulerSection) -> Any:
     _add_public(app, service)
     _add_admin(app, service)
     if service.batches is not None:
-        add_routes(app, service.batches)
+        add_routes(app, service.batches, section.most_file_bytes)
 
     async def entry(scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] in GENERATES:
             await service.gateway(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            exchange = Exchange(scope, receive, send)
+            if service.gateway.refuses(exchange):
+                await exchange.fail(unauthorized())
+            else:
+                await app(scope, receive, send)
         else:
             await app(scope, receive, send)
 

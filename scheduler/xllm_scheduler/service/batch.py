@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import secrets
+import sqlite3
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -19,7 +20,7 @@ from fastapi import FastAPI, Form, Request, Response, UploadFile
 
 from xllm_scheduler.classes import CLASS_KEY, ServiceClass
 from xllm_scheduler.service.batch_store import OPEN, BatchStore, Item
-from xllm_scheduler.service.errors import ApiError
+from xllm_scheduler.service.errors import ApiError, too_large
 from xllm_scheduler.service.openapi import json_body
 from xllm_scheduler.service.routing import InstanceView
 from xllm_scheduler.service.slack import room
@@ -30,6 +31,8 @@ _ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/e
 _READ_AHEAD = 256
 _IDLE_S = 0.2
 _MOST_ERRORS = 20
+_MOST_UNDER_WAY = 10_000
+_AGAIN_S = 1.0
 Ask = Callable[[str, bytes], Awaitable[tuple[int, bytes]]]
 """Sends a request's body to a path; status and body of the answer."""
 logger = logging.getLogger("xllm.router")
@@ -67,10 +70,13 @@ class Batches:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._ready.clear()
+            self._read_to.clear()
 
     async def _start_some(self) -> None:
         """Start as many requests as there is room for."""
         free = sum(room(view, self._most) for view in self._views())
+        free = min(free, _MOST_UNDER_WAY - len(self._under_way))
         for batch in await asyncio.to_thread(self.store.open_batches):
             name = batch["id"]
             if batch["status"] == "in_progress" and batch["expires_at"] <= time.time():
@@ -124,8 +130,13 @@ class Batches:
             "response": {"status_code": status, "request_id": item.custom_id, "body": body},
             "error": None,
         }
-        ok = status == 200
-        await asyncio.to_thread(self.store.answered, item, answer, ok=ok)
+        while True:
+            try:
+                await asyncio.to_thread(self.store.answered, item, answer, ok=status == 200)
+                return
+            except sqlite3.Error as error:  # a full disk: better to wait than to ask once more
+                logger.error("an answer of batch %s cannot be kept yet: %s", item.batch_id, error)
+                await asyncio.sleep(_AGAIN_S)
 
     async def _end(self, name: str, status: str) -> None:
         """Ask no more of a batch, let go of what is under way, and keep what was answered."""
@@ -192,11 +203,14 @@ def _problem(request: Any, endpoint: str, seen: set[str]) -> str:
         return f"url is {request.get('url')!r}; allowed is the batch's endpoint, {endpoint}"
     if not isinstance(request.get("body"), dict):
         return f"body is {request.get('body')!r}; allowed is an object"
+    xargs = request["body"].get("vllm_xargs")
+    if not isinstance(xargs, (dict, type(None))):
+        return f"body.vllm_xargs is {xargs!r}; allowed is an object"
     return ""
 
 
-def add_routes(app: FastAPI, batches: Batches) -> None:
-    """``/v1/files`` and ``/v1/batches``."""
+def add_routes(app: FastAPI, batches: Batches, most_bytes: int) -> None:
+    """``/v1/files`` and ``/v1/batches``; files of so many bytes at most."""
     store = batches.store
 
     async def file_of(name: str) -> dict[str, Any]:
@@ -215,8 +229,11 @@ def add_routes(app: FastAPI, batches: Batches) -> None:
     async def upload(file: UploadFile, purpose: Annotated[str, Form()]) -> dict[str, Any]:
         if purpose != "batch":
             raise ApiError(400, f"purpose is {purpose!r}; allowed is batch.", param="purpose")
+        content = await file.read(most_bytes + 1)
+        if len(content) > most_bytes:
+            raise too_large(most_bytes)
         name = file.filename or "batch.jsonl"
-        return await asyncio.to_thread(store.add_file, name, purpose, await file.read())
+        return await asyncio.to_thread(store.add_file, name, purpose, content)
 
     @app.get("/v1/files")
     async def files() -> dict[str, Any]:

@@ -199,15 +199,20 @@ class BatchStore:
             )
 
     def finish(self, name: str, status: str) -> None:
-        """Write a batch's output files and end it; may be done again after a crash."""
+        """Write a batch's output files and end it; may be done again after a crash.
+
+        What was not asked before a batch expired or was cancelled stands in its error file.
+        """
         rows = self._rows(
-            "SELECT answer, ok FROM requests WHERE batch_id = ? AND answer IS NOT NULL "
-            "ORDER BY line",
-            name,
+            "SELECT custom_id, answer, ok FROM requests WHERE batch_id = ? ORDER BY line", name
         )
         ids: dict[str, str | None] = {"output_file_id": None, "error_file_id": None}
         for column, ok, kind in (("output_file_id", 1, "output"), ("error_file_id", 0, "error")):
-            lines = [row["answer"] for row in rows if row["ok"] == ok]
+            lines = [
+                row["answer"] or _not_asked(row["custom_id"], status)
+                for row in rows
+                if (row["ok"] or 0) == ok
+            ]
             if lines:
                 content = "".join(line + "\n" for line in lines).encode()
                 ids[column] = self.add_file(f"{name}_{kind}.jsonl", "batch_output", content)["id"]
@@ -226,6 +231,13 @@ class BatchStore:
     def _written(self) -> Iterator[sqlite3.Connection]:
         with self._lock, self._db:
             yield self._db
+
+
+def _not_asked(custom_id: str, status: str) -> str:
+    message = f"The batch was {status} before this request was answered."
+    error = {"code": f"batch_{status}", "message": message}
+    made = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": custom_id}
+    return json.dumps({**made, "response": None, "error": error})
 
 
 _TIMES = (

@@ -54,6 +54,10 @@ class Breaker:
         """A request has been sent."""
         self._trying = self.state(now_s) is Circuit.HALF_OPEN
 
+    def released(self) -> None:
+        """It is over without having shown anything; another one may try."""
+        self._trying = False
+
     def succeeded(self, now_s: float) -> None:
         """It was answered."""
         if self._opened_s is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +19,16 @@ _HOP = frozenset(
     {b"host", b"content-length", b"connection", b"transfer-encoding", b"keep-alive",
      b"accept-encoding", b"expect", b"x-request-id"}
 )  # fmt: skip
+_KEYS = (b"authorization", b"x-api-key")
 _ANSWER_HOP = frozenset(
     {b"connection", b"transfer-encoding", b"keep-alive", b"content-length", b"date", b"server",
      b"x-request-id"}
 )  # fmt: skip
+
+# Images and sounds within a body, in base64.
+_MEDIA = re.compile(rb'"(?:data:[^",]{1,100};base64,|data"\s*:\s*")[^"]*"')
+_MEDIA_TOKENS = 1000  # what one of them may become
+_TOKEN_BYTES = 4  # of text
 
 
 @dataclass
@@ -66,10 +73,22 @@ class Call:
         return self.stream is not None and self.path.partition("?")[0] in (CHAT, COMPLETIONS)
 
     @property
+    def single(self) -> bool:
+        """Whether it has one prompt and one answer."""
+        prompt = bytes(self.peek.prompt[:64]).translate(None, b" \t\r\n")
+        several = prompt.startswith(b"[") and not prompt[1:2].isdigit()
+        return self.peek.n in (None, 1) and not several
+
+    @property
     def divisible(self) -> bool:
         """Whether its prompt can be computed at one instance and its answer at another one."""
-        plain = self.peek.n in (None, 1) and not self.peek.prompt_logprobs
-        return plain and self.path.partition("?")[0] in (CHAT, COMPLETIONS)
+        plain = not (self.peek.prompt_logprobs or self.peek.use_beam_search)
+        return self.single and plain and self.path.partition("?")[0] in (CHAT, COMPLETIONS)
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether its stream ends with how many tokens there were."""
+        return bool((self.peek.stream_options or {}).get("include_usage"))
 
 
 def prefill_body(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +127,7 @@ def sent_headers(headers: Iterable[tuple[bytes, bytes]], request_id: str, key: s
     made = [
         b"%b: %b\r\n" % pair
         for pair in headers
-        if pair[0] not in _HOP and not (key and pair[0] == b"authorization")
+        if pair[0] not in _HOP and not (key and pair[0] in _KEYS)
     ]
     made.append(header("x-request-id", request_id))
     if key:
@@ -127,6 +146,12 @@ def answer_headers(
     """What a client gets of an instance's headers."""
     made = [pair for pair in headers if pair[0] not in _ANSWER_HOP]
     return [*made, (b"x-request-id", request_id.encode("latin-1"))]
+
+
+def tokens_in(body: bytes) -> int:
+    """How many tokens a prompt that is not tokenised may have, from its bytes."""
+    media = [found.end() - found.start() for found in _MEDIA.finditer(body)]
+    return max(1, (len(body) - sum(media)) // _TOKEN_BYTES) + len(media) * _MEDIA_TOKENS
 
 
 def is_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:

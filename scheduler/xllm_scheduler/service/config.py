@@ -49,7 +49,11 @@ class RouterSection(Group):
         10000, "requests under way, beyond which others get 429", at_least=1
     )
     most_body_bytes: int = option(16 << 20, "the longest body of a request", at_least=1)
+    most_file_bytes: int = option(200 << 20, "the longest file of a batch", at_least=1)
     queue_s: float = option(60.0, "how long a request waits for an instance, s", at_least=0.0)
+    prefill_timeout_s: float = option(
+        120.0, "how long an instance may take that only computes a prompt, s", above=0.0
+    )
     retries: int = option(3, "how often a request is sent again at most", at_least=0)
     probe_s: float = option(1.0, "how often instances are probed that do not report, s", above=0.0)
     suspect_s: float = option(15.0, "how long one that does not answer is remembered, s", above=0.0)

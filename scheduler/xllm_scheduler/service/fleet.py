@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -38,9 +38,10 @@ CREDITS: Mapping[Tier, float] = {
 # A guess at step times where nobody knows any: only what is more and what is less matters.
 _USUAL = StepTime(base=10.0, token=0.05, decode=0.1, context=1e-5)
 _REMEMBERED = 10_000  # decisions
-TEXT_BLOCK = 16  # of the tokens that text stands for where it is not tokenised
-_MOST_TEXT_BLOCKS = 500_000
+TEXT_BLOCK = 16  # tokens, where an instance does not tell, or text stands for them
+_MOST_SENT_BLOCKS = 500_000
 _ANSWERS = 0.01  # weight of one answer in the mean length
+_NO_TRANSFERS_S = 60.0
 _PROMISE_S = 2.0  # for events to tell of a prompt that was sent
 
 
@@ -108,8 +109,12 @@ class Fleet:
         self._book = LoadBook()
         self._breakers: dict[str, Breaker] = {}
         self._decisions: dict[str, Decision] = {}
-        self._texts = KvIndex(_MOST_TEXT_BLOCKS)
-        self._at_rank: Counter[tuple[str, int]] = Counter()
+        # Prompts that were sent to instances: as text, or where no events tell what lies there.
+        self._sent = KvIndex(_MOST_SENT_BLOCKS)
+        # Tokens under way at each data-parallel rank, and what of it each request is.
+        self._at_rank: dict[tuple[str, int], float] = {}
+        self._ranked: dict[str, list[tuple[tuple[str, int], float]]] = {}
+        self._no_transfers: dict[str, float] = {}  # until when
         self._mean_output = 0.0
         self._asked_roles_s = -math.inf
 
@@ -126,6 +131,8 @@ class Fleet:
         self.registry.joined(record, now_s)
         if known:
             return False
+        if there is not None:
+            self._forget(record.name, there.record.dp_size)
         role = self.registry.members[record.name].role
         self._book.add(record.name, role, facts_of(record))
         self._breakers[record.name] = self.new_breaker()
@@ -133,9 +140,7 @@ class Fleet:
             for rank in range(record.dp_size):
                 name, model = index_name(record.name, rank), record.models[0]
                 self.index.add(name, model, record.block_tokens, record.full_groups)
-        if record.models:
-            model = record.models[0]
-            self._texts.add(index_name(record.name, 0), model, TEXT_BLOCK)
+        self._sent.add(index_name(record.name, 0), record.models[0], TEXT_BLOCK)
         return True
 
     def leave(self, name: str) -> None:
@@ -156,9 +161,9 @@ class Fleet:
         if step_time:
             self._known(name, step_time=dict(step_time))
 
-    def cannot_transfer(self, name: str) -> None:
-        """An instance was asked to send KV and did not offer it."""
-        self._known(name, transfers=False)
+    def cannot_transfer(self, name: str, now_s: float) -> None:
+        """An instance was asked to send KV and did not offer it; for a while it is not again."""
+        self._no_transfers[name] = now_s + _NO_TRANSFERS_S
 
     def answered(self, name: str, now_s: float) -> None:
         """A probe was answered."""
@@ -213,7 +218,9 @@ class Fleet:
         return [
             view._replace(
                 accepts=self._accepts(members[view.instance_id], now_s),
+                transfers=view.transfers and self._no_transfers.get(view.instance_id, 0.0) <= now_s,
                 answer_tokens=self._mean_output,
+                model=members[view.instance_id].record.models[0],
                 step_time=view.step_time if view.step_time.ready else usual,
             )
             for view in views
@@ -272,19 +279,22 @@ class Fleet:
         for name in {route.prefill, route.decode}:
             self._breakers[name].sent(now_s)
             if self.registry.members[name].record.dp_size > 1:
-                ranks[name] = self._rank(name, matches)
-                self._at_rank[name, ranks[name]] += 1
+                rank = ranks[name] = self._rank(name, matches)
+                tokens = max(1.0, request.prompt_tokens - matches.get((name, rank), 0.0))
+                self._at_rank[name, rank] = self._at_rank.get((name, rank), 0.0) + tokens
+                self._ranked.setdefault(request.request_id, []).append(((name, rank), tokens))
         self._book.placed(seen, route.prefill, route.decode, now_s)
         self._remember(request.request_id, Decision(now_s, route, cached, expected, ranks))
         tally = self.tally[request.online]
         tally.placed += 1
         tally.apart += route.prefill != route.decode
         if prompt is not None:
-            name = index_name(route.prefill, ranks.get(route.prefill, 0))
-            if prompt.approximate:
-                self._texts.note(name, prompt)
+            first = route.prefill
+            if prompt.approximate or not self.registry.members[first].record.block_tokens:
+                self._sent.note(index_name(first, 0), prompt)
             else:
-                self.index.promise(name, prompt, now_s + _PROMISE_S)
+                rank_name = index_name(first, ranks.get(first, 0))
+                self.index.promise(rank_name, prompt, now_s + _PROMISE_S)
             tally.prompt_tokens += request.prompt_tokens
             tally.expected_hits += cached.get(route.prefill, 0.0)
         return route
@@ -332,22 +342,31 @@ class Fleet:
     def _over(self, request_id: str) -> None:
         if not self._book.finished(request_id):
             return
+        for place, tokens in self._ranked.pop(request_id, ()):
+            if place in self._at_rank:
+                self._at_rank[place] -= tokens
         decision = self._decisions.get(request_id)
-        for place in decision.ranks.items() if decision else ():
-            self._at_rank[place] -= 1
+        if decision is not None:
+            for name in {decision.route.prefill, decision.route.decode} & self._breakers.keys():
+                self._breakers[name].released()
 
     def _rank(self, name: str, matches: Mapping[tuple[str, int], float]) -> int:
-        """The data-parallel rank that holds most of a prompt; of equals, with fewest requests."""
-        ranks = range(self.registry.members[name].record.dp_size)
-        return min(ranks, key=lambda r: (-matches.get((name, r), 0.0), self._at_rank[name, r], r))
+        """The data-parallel rank with least to compute, this prompt's rest included."""
+        places = [(name, rank) for rank in range(self.registry.members[name].record.dp_size)]
+        return min(places, key=lambda p: (self._at_rank.get(p, 0.0) - matches.get(p, 0.0), p))[1]
 
     def _matches(self, prompt: Prompt, now_s: float) -> dict[tuple[str, int], float]:
         """Tokens by credit that each rank of each instance holds."""
         self.index.expire(now_s)
-        index = self._texts if prompt.approximate else self.index
+        matches: dict[str, Match] = {}
+        members = self.registry.members.values()
+        if prompt.approximate or any(not member.record.block_tokens for member in members):
+            matches = self._sent.match(prompt)
+        if not prompt.approximate:
+            matches |= self.index.match(prompt)
         found: dict[tuple[str, int], float] = {}
-        for name, match in index.match(prompt).items():
-            instance, _, rank = name.partition("#")
+        for name, match in matches.items():
+            instance, _, rank = name.rpartition("#")
             found[instance, int(rank)] = credit(match)
         return found
 
@@ -367,8 +386,8 @@ class Fleet:
         self._breakers.pop(name, None)
         for rank in range(ranks):
             self.index.remove(index_name(name, rank))
-            del self._at_rank[name, rank]
-        self._texts.remove(index_name(name, 0))
+            self._at_rank.pop((name, rank), None)
+        self._sent.remove(index_name(name, 0))
 
 
 def index_name(instance: str, rank: int) -> str:

@@ -11,13 +11,14 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import math
 import random
 import sys
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import Any
 
 from xllm_plugins.compat.request_class import RefusalError, Said
@@ -35,6 +36,7 @@ from xllm_scheduler.service.call import (
     prefill_body,
     prompt_tokens_of,
     sent_headers,
+    tokens_in,
 )
 from xllm_scheduler.service.config import RouterSection
 from xllm_scheduler.service.connection import Connection
@@ -50,6 +52,7 @@ from xllm_scheduler.service.exchange import (
     ClientGoneError,
     Collected,
     Exchange,
+    Headers,
     Message,
     Receive,
     Send,
@@ -67,8 +70,8 @@ from xllm_scheduler.service.waiting import done_within
 GENERATES = (CHAT, COMPLETIONS, "/v1/responses", "/v1/messages", "/v1/embeddings")
 _BUSY = frozenset({408, 429})  # no fault of an instance
 _AGAIN = frozenset({*_BUSY, 500, 502, 503, 504})
-_TOKEN_BYTES = 4  # of a prompt that is not tokenised
 _UNKNOWN_TOKENS = 1 << 16  # of an answer without a limit
+logger = logging.getLogger("xllm.router")
 
 
 class UpstreamError(Exception):
@@ -78,11 +81,14 @@ class UpstreamError(Exception):
         instance: which.
         status: what it answered with; 0 if it did not.
         body: of such an answer.
+        headers: likewise.
     """
 
-    def __init__(self, instance: str, what: str, status: int = 0, body: bytes = b"") -> None:
+    def __init__(
+        self, instance: str, what: str, status: int = 0, body: bytes = b"", headers: Headers = ()
+    ) -> None:
         super().__init__(what)
-        self.instance, self.status, self.body = instance, status, body
+        self.instance, self.status, self.body, self.headers = instance, status, body, headers
 
 
 class Gateway:
@@ -134,8 +140,17 @@ class Gateway:
         await self._answered(exchange, self._own(exchange))
         return exchange.status, exchange.answer
 
+    def refuses(self, exchange: Exchange) -> bool:
+        """Whether a client has no key that it needs."""
+        return bool(self._keys) and _key_of(exchange) not in self._keys
+
     async def _own(self, exchange: Exchange) -> None:
-        await self._serve(await self._call(exchange), exchange)
+        # After a restart instances that serve its model may still be joining.
+        call = await self._call(exchange, self._section.queue_s)
+        try:
+            await self._serve(call, exchange)
+        finally:
+            self._fleet.dropped(call.view.request_id)
 
     async def _answered(self, exchange: Exchange, work: Awaitable[None]) -> None:
         """Do it, and answer with an error if it ends in one."""
@@ -149,11 +164,17 @@ class Gateway:
             await exchange.fail(ApiError(400, str(refusal), param=refusal.param))
         except ClientGoneError:
             return
+        except Exception:
+            logger.exception("a request for %s failed", exchange.path)
+            self._seen.refused(500)
+            if not exchange.ended:
+                what = "The router failed; its log says why."
+                await exchange.fail(ApiError(500, what, "server_error"))
 
     async def _admitted(self, exchange: Exchange) -> None:
         if exchange.method != "POST":
             raise not_allowed(exchange.method)
-        if self._keys and _key_of(exchange) not in self._keys:
+        if self.refuses(exchange):
             raise unauthorized()
         if self._under_way >= self._section.most_requests:
             raise overloaded(
@@ -162,20 +183,22 @@ class Gateway:
         self._under_way += 1
         try:
             call = await self._call(exchange)
-            if not await unless_gone(exchange, self._serve(call, exchange)):
+            try:
+                if not await unless_gone(exchange, self._serve(call, exchange)):
+                    self._seen.gone(call.service.online)
+            finally:  # whatever ended it; of one that was answered there is nothing left
                 self._fleet.dropped(call.view.request_id)
-                self._seen.gone(call.service.online)
         finally:
             self._under_way -= 1
 
-    async def _call(self, exchange: Exchange) -> Call:
+    async def _call(self, exchange: Exchange, patience_s: float = 0.0) -> Call:
         now_s = time.monotonic()
         body = await exchange.body(self._section.most_body_bytes)
         what = peek(body)
         said = Said(what.vllm_xargs or {}, what.service_tier, exchange.headers)
         filled, _ = complete_xargs(said, self._classes)
         service = classify(filled, what.priority or 0, self._classes)
-        self._known_model(what.model)
+        await self._known_model(what.model, patience_s)
         request_id = exchange.headers.get("x-request-id") or uuid.uuid4().hex
         if self._fleet.is_under_way(request_id):  # clients need not be careful with names
             request_id = f"{request_id}-{uuid.uuid4().hex[:8]}"
@@ -185,7 +208,7 @@ class Gateway:
         view = RequestView(
             request_id,
             service.online,
-            len(prompt.tokens) if prompt else max(1, len(body) // _TOKEN_BYTES),
+            len(prompt.tokens) if prompt else tokens_in(body),
             service.ttft_ms if service.online else math.inf,
             service.tpot_ms if service.online else math.inf,
             what.most_tokens or _UNKNOWN_TOKENS,
@@ -196,11 +219,23 @@ class Gateway:
         headers = sent_headers(exchange.raw_headers, request_id, self._section.instance_key)
         return Call(path, headers, body, what, service, view, prompt, now_s, stream)
 
-    def _known_model(self, model: str) -> None:
-        members = self._fleet.registry.members.values()
-        if not model or not members or any(model in m.record.models for m in members):
-            return
-        raise no_model(model, sorted({name for m in members for name in m.record.models}))
+    async def _known_model(self, model: str, patience_s: float) -> None:
+        until_s = time.monotonic() + patience_s
+        while True:
+            members = self._fleet.registry.members.values()
+            if not model or not members or any(model in m.record.models for m in members):
+                return
+            if not await self._another(until_s):
+                raise no_model(model, sorted({name for m in members for name in m.record.models}))
+
+    async def _another(self, until_s: float) -> bool:
+        """Wait for an instance to come or to be free, a second at most; False if it is too late."""
+        left_s = until_s - time.monotonic()
+        if left_s <= 0.0:
+            return False
+        self.changed.clear()
+        await done_within(min(1.0, left_s), self.changed.wait())
+        return True
 
     async def _serve(self, call: Call, exchange: Exchange) -> None:
         for attempt in itertools.count(1):
@@ -259,8 +294,8 @@ class Gateway:
         """Whether a request that an instance failed is over; else it is ready to be sent again."""
         stream = call.stream
         if stream is not None and stream.started:
-            if stream.finished:
-                await exchange.end(b"data: [DONE]\n\n")
+            if stream.finished and call.single:
+                await exchange.end(stream.ending(usage=call.wants_usage))
                 return True
             stay = self._stays(call, stream)
             if stay or attempt > self._section.retries:
@@ -276,7 +311,7 @@ class Gateway:
             stream.resume()
         if attempt > self._section.retries:
             if error.status:
-                await exchange.start(error.status, [(b"content-type", b"application/json")])
+                await exchange.start(error.status, error.headers)
                 await exchange.end(error.body)
                 return True
             raise ApiError(502, f"{error}, and neither did others.", "server_error")
@@ -316,16 +351,17 @@ class Gateway:
                 )
             if route is not None:
                 return route
-            if now_s >= until_s:
+            if not await self._another(until_s):
                 raise unavailable("No instance takes requests now.")
-            self.changed.clear()
-            await done_within(min(1.0, until_s - now_s), self.changed.wait())
 
     async def _once(self, call: Call, route: Route, exchange: Exchange) -> None:
         if call.stream is not None and call.stream.started:
             body = self._rest(call, call.stream)
         elif route.decode != route.prefill and call.divisible:
-            body = await self._prefilled(call, route)
+            computed = await self._prefilled(call, route, exchange)
+            if computed is None:
+                return
+            body = computed
         elif call.movable:
             body = with_token_ids(call.body)
         else:
@@ -338,13 +374,18 @@ class Gateway:
         made = resumed_body(asked, stream.prompt(), stream.delivered(), chat=chat)
         return json.dumps(made).encode()
 
-    async def _prefilled(self, call: Call, route: Route) -> bytes:
-        """Have an instance compute the prompt; what is asked of the one that generates."""
+    async def _prefilled(self, call: Call, route: Route, exchange: Exchange) -> bytes | None:
+        """Have an instance compute the prompt; what is asked of the one that generates.
+
+        Returns:
+            None if the request was refused, and its client has been told so.
+        """
         asked = json.loads(call.body)
         body = json.dumps(prefill_body(asked)).encode()
-        status, data = await self._whole(call, route.prefill, body)
+        status, headers, data = await self._computed(call, route.prefill, body)
         if status != 200:
-            raise UpstreamError(route.prefill, f"{route.prefill} answered {status}", status, data)
+            await self._told(call, exchange, status, headers, data)
+            return None
         answer = json.loads(data)
         self._fleet.first_token(call.view.request_id)
         params = answer.get("kv_transfer_params")
@@ -353,30 +394,42 @@ class Gateway:
             if tokens and call.path.startswith(CHAT):
                 params = {**params, "prompt_token_ids": tokens}
             asked["kv_transfer_params"] = params
-        else:
-            self._fleet.cannot_transfer(route.prefill)
+        elif _cut_short(answer):  # an answer that ends by itself has no KV to fetch
+            self._fleet.cannot_transfer(route.prefill, time.monotonic())
         if call.movable:
             asked.setdefault("return_token_ids", True)
         return json.dumps(asked).encode()
 
-    async def _whole(self, call: Call, name: str, body: bytes) -> tuple[int, bytes]:
-        async with self._asked(call, name, body) as answer:
-            return answer.status, await answer.body()
+    async def _computed(self, call: Call, name: str, body: bytes) -> tuple[int, Headers, bytes]:
+        """What an instance answers that is to compute a prompt, if it does so in time."""
+        found: list[tuple[int, Headers, bytes]] = []
+
+        async def ask() -> None:
+            async with self._asked(call, name, body) as answer:
+                found.append((answer.status, answer.headers, await answer.body()))
+
+        patience_s = self._section.prefill_timeout_s
+        if not await done_within(patience_s, ask()):
+            raise UpstreamError(name, f"{name} did not compute a prompt within {patience_s:g} s")
+        return found[0]
 
     async def _relayed(self, call: Call, name: str, body: bytes, exchange: Exchange) -> None:
         async with self._asked(call, name, body) as answer:
-            if answer.status in _AGAIN:
-                what = f"{name} answered {answer.status}"
-                raise UpstreamError(name, what, answer.status, await answer.body())
-            call.status = answer.status
             if call.stream is not None and is_stream(answer.headers):
+                call.status = answer.status
                 await self._streamed(call, call.stream, name, answer, exchange)
                 return
             data = await answer.body()
-            call.tokens = completion_tokens(data)
-            headers = answer_headers(answer.headers, call.view.request_id)
-            await exchange.start(answer.status, [*headers, (b"content-length", b"%d" % len(data))])
-            await exchange.end(data)
+            await self._told(call, exchange, answer.status, answer.headers, data)
+
+    async def _told(
+        self, call: Call, exchange: Exchange, status: int, headers: Headers, data: bytes
+    ) -> None:
+        """Hand a client an answer that is no stream."""
+        call.status, call.tokens = status, completion_tokens(data)
+        sent = answer_headers(headers, call.view.request_id)
+        await exchange.start(status, [*sent, (b"content-length", b"%d" % len(data))])
+        await exchange.end(data)
 
     async def _streamed(
         self,
@@ -389,11 +442,13 @@ class Gateway:
         if not exchange.started:
             headers = answer_headers(answer.headers, call.view.request_id)
             await exchange.start(answer.status, headers)
+        begun = False
         while data := await answer.part():
             out = stream.feed(data)
             if out:
-                if call.first_s is None:
-                    call.first_s = time.monotonic()
+                if not begun:  # also of one that goes on here
+                    begun = True
+                    call.first_s = call.first_s or time.monotonic()
                     self._fleet.first_token(call.view.request_id)
                 await exchange.write(out)
             if stream.error:
@@ -406,7 +461,7 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _asked(self, call: Call, name: str, body: bytes) -> AsyncIterator[Connection]:
-        """An instance's answer, once its head is there."""
+        """An instance's answer, once its head is there, unless another instance may do better."""
         member = self._fleet.registry.members.get(name)
         if member is None:
             raise UpstreamError(name, f"{name} has gone")
@@ -417,6 +472,11 @@ class Gateway:
         try:
             answer = await self._upstream.post(member.record.url, call.path, headers, body)
             try:
+                if answer.status in _AGAIN:
+                    raise UpstreamError(
+                        name, f"{name} answered {answer.status}", answer.status,
+                        await answer.body(), answer_headers(answer.headers, call.view.request_id),
+                    )  # fmt: skip
                 yield answer
             finally:
                 self._upstream.release(answer)
@@ -427,6 +487,12 @@ class Gateway:
 def _key_of(exchange: Exchange) -> str:
     bearer = exchange.headers.get("authorization", "")
     return bearer.removeprefix("Bearer ") or exchange.headers.get("x-api-key", "")
+
+
+def _cut_short(answer: Mapping[str, Any]) -> bool:
+    """Whether an answer would have gone on."""
+    choices = answer.get("choices") or [{}]
+    return choices[0].get("finish_reason") == "length"
 
 
 def _named(error: BaseException) -> str:

@@ -107,7 +107,7 @@ def record_of(config: Any, args: Any, section: ServiceSection, engine: Mapping[s
     url = (section.address or f"http://{args.host or _own_address()}:{args.port}").rstrip("/")
     names = config.model_config.served_model_name
     models = [names] if isinstance(names, str) else list(names)
-    models += [module.name for module in getattr(args, "lora_modules", None) or ()]
+    loras = [module.name for module in getattr(args, "lora_modules", None) or ()]
     ranks = config.parallel_config.data_parallel_size
     events, replay = _publishers(config.kv_events_config, url, ranks)
     step_time = engine.get("step_time", {})
@@ -115,7 +115,8 @@ def record_of(config: Any, args: Any, section: ServiceSection, engine: Mapping[s
     return Record(
         name=url.partition("://")[2],
         url=url,
-        models=models,
+        models=[*models, *loras],
+        loras=loras,
         tokenizer=str(config.model_config.tokenizer),
         role=section.role,
         incarnation=uuid.uuid4().hex,

@@ -25,6 +25,7 @@ class Peek(msgspec.Struct):
     max_completion_tokens: int | None = None
     max_output_tokens: int | None = None
     n: int | None = None
+    use_beam_search: bool | None = None
     prompt_logprobs: int | bool | None = None
     priority: int | None = None
     service_tier: str | None = None

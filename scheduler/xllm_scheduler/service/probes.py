@@ -43,12 +43,15 @@ async def asked(session: aiohttp.ClientSession, url: str, **known: Any) -> Recor
             listed: list[Mapping[str, Any]] = (await response.json())["data"]
     except (*_ERRORS, ValueError, KeyError, TypeError):
         return None
+    if not listed:
+        return None
     lengths = [one["max_model_len"] for one in listed if one.get("max_model_len")]
     fields: dict[str, Any] = {
         "name": url.partition("://")[2],
         "url": url,
         "models": [one["id"] for one in listed],
-        "tokenizer": str(listed[0].get("root") or "") if listed else "",
+        "loras": [one["id"] for one in listed if one.get("parent")],
+        "tokenizer": str(listed[0].get("root") or ""),
         "max_model_len": max(lengths, default=0),
     }
     return Record.parsed({**fields, **known})

@@ -33,8 +33,9 @@ class Record:
     Attributes:
         name: unique; its address unless it was given another one.
         url: where it serves OpenAI's API.
-        models: the names under which it serves; the first is the base model's, others are LoRA
-            adapters.
+        models: the names under which it serves; the first is what its KV events are of, others
+            are names for the same and LoRA adapters.
+        loras: which of them are adapters.
         role: what it begins as.
         incarnation: another one for each start.
         tokenizer: where its tokenizer is, a folder or a name; empty for the first model's name.
@@ -56,6 +57,7 @@ class Record:
     name: str
     url: str
     models: Sequence[str] = ()
+    loras: Sequence[str] = ()
     role: Role = Role.MIXED
     incarnation: str = ""
     tokenizer: str = ""
@@ -99,6 +101,10 @@ class Record:
             raise ConfigError(
                 f"An instance has role {role!r}; allowed are {', '.join(r.value for r in Role)}."
             )
+        models = known.get("models")
+        named = isinstance(models, (list, tuple)) and all(type(one) is str for one in models)
+        if not models or not named:
+            raise ConfigError(f"An instance has models {models!r}; allowed are one name or more.")
         known["role"] = Role(role)
         return cls(**known)
 

@@ -89,6 +89,21 @@ class Stream:
         """The prompt's tokens; empty if the instance has not told them."""
         return [int(part) for part in self._prompt_ids.split(b",") if part]
 
+    def ending(self, *, usage: bool) -> bytes:
+        """What is still to be sent of an answer whose last token has come.
+
+        Args:
+            usage: whether the client wants to be told how many tokens there were.
+        """
+        done = _DONE + _END
+        if not usage or not self._prompt_ids or not self._first.startswith(b"data: "):
+            return done
+        first, prompt = json.loads(self._first[6:]), len(self.prompt())
+        counts = {"prompt_tokens": prompt, "completion_tokens": self.tokens}
+        head = {name: first[name] for name in ("id", "object", "created", "model") if name in first}
+        last = {**head, "choices": [], "usage": {**counts, "total_tokens": prompt + self.tokens}}
+        return b"data: " + json.dumps(last, separators=(",", ":")).encode() + _END + done
+
     def resume(self) -> None:
         """The instance is lost; what is still to come will come from another one, as a new answer.
 
@@ -219,12 +234,16 @@ def reason_to_stay(body: Mapping[str, Any]) -> str:
             return f"{name} is set"
     if has_media(body):
         return "its prompt has more than text"
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and not all(type(token) is int for token in prompt):
+        return "it has several prompts"
     return ""
 
 
 def has_media(body: Mapping[str, Any]) -> bool:
     """Whether a chat's messages hold more than text."""
-    for message in body.get("messages") or ():
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else ():
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list) and any(
             not isinstance(part, dict) or part.get("type") not in ("text", "input_text")

@@ -76,6 +76,7 @@ class InstanceView(NamedTuple):
         transfers: whether it sends and fetches KV.
         transfer_ms: what it takes to fetch KV from another instance, beside its tokens.
         transfer_token_ms: and for each token.
+        model: what it serves.
     """
 
     instance_id: str
@@ -97,6 +98,7 @@ class InstanceView(NamedTuple):
     transfers: bool = True
     transfer_ms: float = 0.0
     transfer_token_ms: float = 0.0
+    model: str = ""
 
 
 class Route(NamedTuple):

@@ -11,6 +11,7 @@ import asyncio
 import functools
 import json
 import logging
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from xllm_scheduler.service.peek import Peek
 from xllm_scheduler.service.registry import Record
 from xllm_scheduler.service.relay import has_media
 
-_KEPT = 4096  # prompts
+_KEPT_TOKENS = 16 << 20  # of prompts seen before
 _TIMEOUT_S = 5.0
 _PROBE = [{"role": "user", "content": "Which of the two?"}]
 logger = logging.getLogger("xllm.router")
@@ -53,6 +54,7 @@ class Tokens:
         self._tokenizers: dict[str, Any] = {}  # None where there is none here
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._kept: OrderedDict[bytes, Sequence[int]] = OrderedDict()
+        self._kept_tokens = 0
 
     def prepare(self) -> None:
         """Import what tokenises, which takes seconds that no request should wait for."""
@@ -76,28 +78,38 @@ class Tokens:
         if not raw or (path == CHAT and has_media({"messages": json.loads(raw)})):
             return None
         salt = what.cache_salt or ""
+        record = self._instance_of(what.model)
+        model, lora = (record.models[0], "") if record else (what.model, "")
+        if record and what.model in record.loras:
+            lora = what.model
         if self._mode == "off":
-            return Prompt.of_text(what.model, raw, salt)
+            return Prompt.of_text(model, raw, salt, lora)
         named = b"\0".join([what.model.encode(), raw, *what.templated.values()])
         name = blake2b(named, digest_size=16).digest()
         tokens = self._kept.get(name)
         if tokens is None:
-            tokens = await self._tokens(path, what, json.loads(raw))
+            tokens = await self._tokens(record, path, what, json.loads(raw))
             if tokens is None:
-                return Prompt.of_text(what.model, raw, salt)
-            self._kept[name] = tokens
-            if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
+                return Prompt.of_text(model, raw, salt, lora)
+            self._keep(name, tokens)
         else:
             self._kept.move_to_end(name)
-        return Prompt(what.model, tokens, salt=salt)
+        return Prompt(model, tokens, lora, salt)
 
-    async def _tokens(self, path: str, what: Peek, content: Any) -> Sequence[int] | None:
-        if isinstance(content, list) and content and all(type(t) is int for t in content):
+    def _keep(self, name: bytes, tokens: Sequence[int]) -> None:
+        self._kept[name] = array("I", tokens)
+        self._kept_tokens += len(tokens)
+        while self._kept_tokens > _KEPT_TOKENS:
+            _, dropped = self._kept.popitem(last=False)
+            self._kept_tokens -= len(dropped)
+
+    async def _tokens(
+        self, record: Record | None, path: str, what: Peek, content: Any
+    ) -> Sequence[int] | None:
+        if isinstance(content, list) and content and all(map(_is_token, content)):
             return content  # it came as tokens
         if path == COMPLETIONS and not isinstance(content, str):
             return None  # several prompts
-        record = self._instance_of(what.model)
         if record is None:
             return None
         local = self._mode == "auto" and not what.templated
@@ -160,6 +172,10 @@ class Tokens:
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError, KeyError, ValueError) as error:
             logger.debug("%s could not tokenise: %s", record.url, error)
             return None
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 32
 
 
 def _library() -> Any:
