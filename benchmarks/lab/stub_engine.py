@@ -55,17 +55,25 @@ class StubEngine:
         under_way: requests that are not answered in full.
         asked: the bodies and headers of the last requests.
         transfers: whether it offers KV to others.
+        ends_at_once: whether prompts that are computed for others have no answer.
+        stops_before_usage: whether streams break off behind their last token.
+        refuses: whether it calls prompts too long that it computes for others.
+        stuck: whether it is never done with those.
+        busy: whether it takes no requests for now.
 
     Args:
         model: the name that it serves.
         token_ms: between two tokens.
         prompt_ms: to the first.
+        key: that it wants; "" for none.
     """
 
-    def __init__(self, model: str, token_ms: float, prompt_ms: float) -> None:
+    def __init__(self, model: str, token_ms: float, prompt_ms: float, key: str = "") -> None:
         self._model, self._token_s, self._prompt_s = model, token_ms / 1e3, prompt_ms / 1e3
         self.under_way = 0
         self.transfers = True
+        self.ends_at_once = self.stops_before_usage = self.refuses = self.stuck = self.busy = False
+        self._key = key
         self._goes = asyncio.Event()
         self._goes.set()
         self.asked: list[tuple[dict[str, Any], dict[str, str]]] = []  # bodies and headers
@@ -76,7 +84,7 @@ class StubEngine:
 
     def app(self) -> web.Application:
         """Its routes."""
-        app = web.Application(client_max_size=1 << 26, middlewares=[_refusing])
+        app = web.Application(client_max_size=1 << 26, middlewares=[_refusing, self._checked])
         app.add_routes(
             [
                 web.get("/health", self._health),
@@ -89,6 +97,17 @@ class StubEngine:
             ]
         )
         return app
+
+    @web.middleware
+    async def _checked(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        """The key, as vLLM checks it; and whether there is room."""
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self._key and given != self._key and request.path != "/health":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        if self.busy and request.method == "POST":
+            return web.json_response({"error": {}}, status=503, headers={"retry-after": "7"})
+        answer: web.StreamResponse = await handler(request)
+        return answer
 
     async def _health(self, request: web.Request) -> web.Response:
         await self._goes.wait()
@@ -130,6 +149,11 @@ class StubEngine:
         self, request: web.Request, body: dict[str, Any], prompt: list[int], *, chat: bool
     ) -> web.StreamResponse:
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or 16
+        if (body.get("kv_transfer_params") or {}).get("do_remote_decode"):
+            if self.refuses:
+                raise ValueError("the prompt is too long")
+            if self.stuck:
+                await asyncio.Event().wait()
         self.under_way += 1
         try:
             await asyncio.sleep(self._prompt_s)
@@ -160,7 +184,9 @@ class StubEngine:
             choice["token_ids"] = tokens
             (made if chat else choice)["prompt_token_ids"] = prompt
         params = body.get("kv_transfer_params") or {}
-        if params.get("do_remote_decode") and self.transfers:
+        if self.ends_at_once and params.get("do_remote_decode"):
+            choice["finish_reason"] = "stop"
+        elif params.get("do_remote_decode") and self.transfers:
             made["kv_transfer_params"] = {"do_remote_prefill": True, "remote_block_ids": [1]}
         return made
 
@@ -199,6 +225,10 @@ class StubEngine:
                 if not chat and number == 1:
                     choice["prompt_token_ids"] = prompt
             await _event(response, {**head, "choices": [choice]})
+        if self.stops_before_usage:
+            assert request.transport is not None
+            request.transport.abort()
+            return response
         if (body.get("stream_options") or {}).get("include_usage"):
             await _event(response, {**head, "choices": [], "usage": _usage(prompt, limit)})
         await response.write(b"data: [DONE]\n\n")

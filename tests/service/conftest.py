@@ -17,6 +17,7 @@ from benchmarks.lab.stub_engine import StubEngine
 from xllm_scheduler.config import SchedulerSection
 from xllm_scheduler.service.app import build
 from xllm_scheduler.service.config import RouterSection
+from xllm_scheduler.service.router import Service
 
 TOKEN = "admin"
 MODEL = "stub"
@@ -46,6 +47,7 @@ class Router:
 
     url: str
     session: aiohttp.ClientSession
+    service: Service
 
     async def ask(
         self, path: str, body: Any, *, status: int = 200, headers: dict[str, str] | None = None
@@ -91,8 +93,10 @@ async def stub() -> AsyncIterator[Stubs]:
     """Starts stand-in engines."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(token_ms: float = 0.0, prompt_ms: float = 0.0, port: int = 0) -> Stub:
-            engine = StubEngine(MODEL, token_ms, prompt_ms)
+        async def start(
+            token_ms: float = 0.0, prompt_ms: float = 0.0, port: int = 0, key: str = ""
+        ) -> Stub:
+            engine = StubEngine(MODEL, token_ms, prompt_ms, key)
             runner = web.AppRunner(engine.app(), shutdown_timeout=0.1, handler_cancellation=True)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
@@ -124,7 +128,7 @@ async def router() -> AsyncIterator[Callable[..., Any]]:
                 await asyncio.sleep(0.01)
             port = server.servers[0].sockets[0].getsockname()[1]
             session = await stack.enter_async_context(aiohttp.ClientSession())
-            made = Router(f"http://127.0.0.1:{port}", session)
+            made = Router(f"http://127.0.0.1:{port}", session, app.service)
             if wait:
                 await asyncio.wait_for(made.joined(len(stubs)), 10)
             return made

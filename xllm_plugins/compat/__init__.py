@@ -1,7 +1,8 @@
 """The only code that touches vLLM's or vllm-ascend's internals: one file per seam.
 
 Each seam module carries three constants: ``WHY`` it is needed, the versions it ``HOLDS_FOR``
-(a version specifier), and ``SEAM``, the upstream objects and parameters that it relies on.
+(a version specifier), and ``SEAM``, the upstream objects and parameters that it relies on. One may
+have a function ``check`` too, which says what does not hold that no name or parameter tells.
 :func:`inspect_seam` holds them against the vLLM that is installed.
 """
 
@@ -23,6 +24,7 @@ SEAMS = (
     "engine_status",
     "eplb_cpu",
     "eplb_policy",
+    "kv_both",
     "kv_connector",
     "kv_tiers",
     "request_class",
@@ -100,6 +102,9 @@ def inspect_seam(name: str) -> SeamReport:
         problem = _problem(target)
         if problem:
             return SeamReport(name, False, problem)
+    problem = module.check() if hasattr(module, "check") else ""
+    if problem:
+        return SeamReport(name, False, problem)
     return SeamReport(name, True, f"vLLM {version}")
 
 

@@ -45,7 +45,6 @@ def build(section: RouterSection, classes: SchedulerSection) -> Any:
             await service.stop()
 
     app = FastAPI(title="xllm router", version=__version__, lifespan=lifespan)
-    app.state.service = service
     app.openapi = functools.partial(document, app)  # type: ignore[method-assign]
     _add_public(app, service)
     _add_admin(app, service)
@@ -64,6 +63,7 @@ def build(section: RouterSection, classes: SchedulerSection) -> Any:
         else:
             await app(scope, receive, send)
 
+    entry.service = service  # type: ignore[attr-defined]
     return entry
 
 
@@ -149,7 +149,10 @@ def _add_admin(app: FastAPI, service: Service) -> None:
             raise ApiError(
                 400, f"url is {document.get('url')!r}, which does not answer.", param="url"
             )
-        service.join(record)
+        if document.get("models") and service.was_removed(record):
+            what = f"The instance {record.name!r} was removed; it may come again under its url."
+            raise ApiError(409, what, code="removed")
+        await service.admit(record)
         return {"name": record.name}
 
     numbers = json_body({field: {"type": "number"} for field in Beat._fields})
@@ -168,7 +171,7 @@ def _add_admin(app: FastAPI, service: Service) -> None:
 
     @app.delete("/xllm/v1/instances/{name}", dependencies=only)
     async def remove(name: str) -> dict[str, str]:
-        service.leave(member(name))
+        await service.remove(member(name))
         return {"name": name}
 
     @app.post("/xllm/v1/instances/{name}/drain", dependencies=only)
@@ -202,7 +205,7 @@ def _add_admin(app: FastAPI, service: Service) -> None:
     @app.put("/xllm/v1/settings", dependencies=only, openapi_extra=changes)
     async def settings(request: Request) -> dict[str, Any]:
         try:
-            return service.change_policies(await _object_of(request))
+            return await service.change_policies(await _object_of(request))
         except ConfigError as error:
             raise ApiError(400, str(error)) from error
 

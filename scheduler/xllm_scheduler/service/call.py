@@ -75,7 +75,7 @@ class Call:
     @property
     def single(self) -> bool:
         """Whether it has one prompt and one answer."""
-        prompt = bytes(self.peek.prompt[:64]).translate(None, b" \t\r\n")
+        prompt = bytes(memoryview(self.peek.prompt)[:64]).translate(None, b" \t\r\n")
         several = prompt.startswith(b"[") and not prompt[1:2].isdigit()
         return self.peek.n in (None, 1) and not several
 

@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     if args.workers < 1:
         raise ConfigError(f"--workers is {args.workers}; allowed is a whole number at least 1.")
+    _check_workers(args.workers, settings)
     try:
         import uvicorn
 
@@ -100,6 +101,24 @@ def run(args: argparse.Namespace) -> int:
         access_log=False,
     )
     return 0
+
+
+def _check_workers(workers: int, settings: Settings) -> None:
+    """Refuse several processes where one would not know what another one is told."""
+    section = settings.sections["router"]
+    assert isinstance(section, RouterSection)
+    if workers == 1:
+        return
+    if section.data:
+        raise ConfigError(
+            f"--workers is {workers}; with router.data allowed is 1, since one process runs the "
+            "batches of a folder."
+        )
+    if not (section.etcd or section.instances):
+        raise ConfigError(
+            f"--workers is {workers}; allowed is 1 without router.etcd and router.instances, since "
+            "an instance that registers itself tells only one process."
+        )
 
 
 def application() -> Any:

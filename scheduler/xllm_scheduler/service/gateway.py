@@ -492,7 +492,7 @@ def _key_of(exchange: Exchange) -> str:
 def _cut_short(answer: Mapping[str, Any]) -> bool:
     """Whether an answer would have gone on."""
     choices = answer.get("choices") or [{}]
-    return choices[0].get("finish_reason") == "length"
+    return bool(choices[0].get("finish_reason") == "length")
 
 
 def _named(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ import zmq.asyncio
 from xllm_kv.events import END_OF_REPLAY, Ready, Sequencer, decoded
 from xllm_scheduler.service.fleet import Fleet
 from xllm_scheduler.service.registry import Record
-from xllm_scheduler.service.waiting import done_within
+from xllm_scheduler.service.waiting import done_within, kept_up
 
 _REPLAY_S = 10.0  # for a publisher to send what it still has
 _AGAIN_S = 5.0  # between two requests for events because of unknown parents
@@ -36,7 +37,12 @@ class KvFeed:
         """Begin with an instance, anew if it was followed."""
         self.leave(record.name)
         self._tasks[record.name] = [
-            asyncio.create_task(self._followed(record, rank), name=f"kv-{record.name}-{rank}")
+            asyncio.create_task(
+                kept_up(
+                    f"following the KV of {record.name}",
+                    functools.partial(self._followed, record, rank),
+                )
+            )
             for rank in range(len(record.kv_events))
         ]
 

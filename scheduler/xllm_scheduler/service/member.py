@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -16,11 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from xllm_plugins.compat import inspect_seam
 from xllm_plugins.config import Section, option
 from xllm_plugins.errors import NotAvailableError
 from xllm_plugins.features import Attachment
 from xllm_scheduler.service.registry import Record
 from xllm_scheduler.service.routing import Role
+from xllm_scheduler.service.waiting import kept_up
 
 if TYPE_CHECKING:
     from xllm_scheduler.service.etcd import Etcd
@@ -136,7 +139,7 @@ def record_of(config: Any, args: Any, section: ServiceSection, engine: Mapping[s
 
 def _transfers(transfer: Any) -> bool:
     """Whether KV can go both ways, so that any role can be had."""
-    if transfer is None or transfer.kv_role != "kv_both":
+    if transfer is None or transfer.kv_role != "kv_both" or not inspect_seam("kv_both").holds:
         return False
     children = transfer.kv_connector_extra_config.get("connectors", ())
     names = {child["kv_connector"] for child in children} or {transfer.kv_connector}
@@ -213,7 +216,8 @@ class Registration:
     def _follow(self, session: Any, record: Record, router: str) -> None:
         router = router.rstrip("/")
         if router not in self._routers:
-            self._routers[router] = asyncio.create_task(self._kept(session, router, record))
+            keep = functools.partial(self._kept, session, router, record)
+            self._routers[router] = asyncio.create_task(kept_up(f"reporting to {router}", keep))
 
     async def _kept(self, session: Any, router: str, record: Record) -> None:
         """One router's knowledge of this instance."""

@@ -35,7 +35,6 @@ class Record:
         url: where it serves OpenAI's API.
         models: the names under which it serves; the first is what its KV events are of, others
             are names for the same and LoRA adapters.
-        loras: which of them are adapters.
         role: what it begins as.
         incarnation: another one for each start.
         tokenizer: where its tokenizer is, a folder or a name; empty for the first model's name.
@@ -52,12 +51,12 @@ class Record:
         transfers: whether it sends and fetches KV, as far as is known.
         transfer_ms: what fetching takes beside the tokens.
         transfer_token_ms: and for each token.
+        loras: which of its models are adapters.
     """
 
     name: str
     url: str
     models: Sequence[str] = ()
-    loras: Sequence[str] = ()
     role: Role = Role.MIXED
     incarnation: str = ""
     tokenizer: str = ""
@@ -74,6 +73,7 @@ class Record:
     transfers: bool = True
     transfer_ms: float = 0.0
     transfer_token_ms: float = 0.0
+    loras: Sequence[str] = ()
 
     def document(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -118,6 +118,7 @@ class Member:
         role: what it does now.
         health: how it is.
         draining: whether it shall get nothing new.
+        turning: whether it is just being given another role.
         leased: whether its lease is there, as far as it is known to have one.
         since_s: since when its health is as it is.
         heard_s: when it was last heard of.
@@ -130,11 +131,12 @@ class Member:
     since_s: float
     heard_s: float
     leased: bool = True
+    turning: bool = False
 
     @property
     def accepts(self) -> bool:
         """Whether it may be given requests."""
-        return not self.draining and self.health is not Health.SUSPECT
+        return not (self.draining or self.turning) and self.health is not Health.SUSPECT
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ WVA); the pressure is ours.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from xllm_scheduler.service.routing import InstanceView, Role, RolePolicy
@@ -54,6 +56,15 @@ class Demand(NamedTuple):
     answer_tokens: float = 1.0
 
 
+@dataclass
+class _Looks:
+    """What the last looks at some instances have found: how many agree on which division."""
+
+    agreed: int = 0
+    wanted: int = -1
+    changed_s: float = -math.inf
+
+
 class DynamicRoles(RolePolicy):
     """See the module.
 
@@ -79,9 +90,7 @@ class DynamicRoles(RolePolicy):
         self._ttft_ms, self._tpot_ms = ttft_ms, tpot_ms
         self._margin, self._patience = margin, patience
         self._cool_down_s, self._overload = cool_down_s, overload
-        self._agreed = 0
-        self._wanted = -1
-        self._changed_s = -math.inf
+        self._groups: defaultdict[str, _Looks] = defaultdict(_Looks)  # by model
 
     @classmethod
     def of(cls, section: RouterSection) -> DynamicRoles:
@@ -95,8 +104,19 @@ class DynamicRoles(RolePolicy):
         )
 
     def roles(self, instances: Sequence[InstanceView], now_s: float) -> Mapping[str, Role]:
-        """See :class:`RolePolicy`."""
-        there = [i for i in instances if i.accepts and i.transfers]
+        """See :class:`RolePolicy`; instances that serve one model are divided among themselves."""
+        there: defaultdict[str, list[InstanceView]] = defaultdict(list)
+        for instance in instances:
+            if instance.accepts and instance.transfers:
+                there[instance.model].append(instance)
+        wanted: dict[str, Role] = {}
+        for model, group in there.items():
+            wanted |= self._divided(group, self._groups[model], now_s)
+        return wanted
+
+    def _divided(
+        self, there: Sequence[InstanceView], looks: _Looks, now_s: float
+    ) -> Mapping[str, Role]:
         if len(there) < 2:
             return {i.instance_id: Role.MIXED for i in there if i.role is not Role.MIXED}
         demand = demand_of(there)
@@ -108,15 +128,15 @@ class DynamicRoles(RolePolicy):
         best = min(range(count), key=pressures.__getitem__)
         gains = pressures[best] < pressures[now] * (1.0 - self._margin)
         if not gains or pressures[now] < _LITTLE:
-            self._agreed = 0
+            looks.agreed = 0
             return {}
-        self._agreed = self._agreed + 1 if best == self._wanted else 1
-        self._wanted = best
+        looks.agreed = looks.agreed + 1 if best == looks.wanted else 1
+        looks.wanted = best
         pressed = pressures[now] > self._overload
-        waits = self._agreed < self._patience or now_s - self._changed_s < self._cool_down_s
+        waits = looks.agreed < self._patience or now_s - looks.changed_s < self._cool_down_s
         if waits and not pressed:
             return {}
-        self._changed_s, self._agreed = now_s, 0
+        looks.changed_s, looks.agreed = now_s, 0
         return _assigned(there, best)
 
     def pressure(self, there: Sequence[InstanceView], demand: Demand, prefills: int) -> float:

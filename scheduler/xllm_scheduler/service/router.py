@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from xllm_scheduler.service.staged import Guarded
 from xllm_scheduler.service.tokens import Tokens
 from xllm_scheduler.service.turning import Turner, TurningError
 from xllm_scheduler.service.upstream import Upstream
+from xllm_scheduler.service.waiting import kept_up
 
 _ASK_AGAIN_S = 1.0
 CHANGEABLE = (
@@ -60,6 +62,11 @@ class Service:
             views = functools.partial(_views, self.fleet)
             self.batches = Batches(store, self._ask, views, most)
         self.etcd: Etcd | None = None
+        # What etcd says of instances, by name; they may join later.
+        self._roles: dict[str, Mapping[str, Any]] = {}
+        self._drains: dict[str, Mapping[str, Any]] = {}
+        self._removed: dict[str, str] = {}  # incarnations
+        self._shared_settings: dict[str, Any] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -67,7 +74,7 @@ class Service:
         unlimited = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
         self.session = aiohttp.ClientSession(
-            connector=unlimited, timeout=timeout, auto_decompress=False
+            connector=unlimited, timeout=timeout, auto_decompress=False, headers=self._key()
         )
         self.tokens = Tokens(self.section.tokenizers, self.session, self._serving)
         if self.fleet.routing.reads_cached:
@@ -76,9 +83,7 @@ class Service:
         self.gateway = Gateway(
             self.fleet, self.section, self._classes, self.tokens, self.seen, self.upstream
         )
-        self.turner = Turner(
-            self.fleet, self.session, self.section.admin_token, self.section.instance_key
-        )
+        self.turner = Turner(self.fleet, self.session, self.section.admin_token)
         self.feed = KvFeed(self.fleet, time.monotonic)
         watch = Watch(
             self.fleet,
@@ -88,13 +93,15 @@ class Service:
             self.gateway.lose,
             self._lost,
         )
-        self._tasks = [asyncio.create_task(watch.run()), asyncio.create_task(self._change_roles())]
+        self._begin("looking after instances", watch.run)
+        self._begin("changing roles", self._change_roles)
         if self.batches is not None:
-            self._tasks.append(asyncio.create_task(self.batches.run()))
+            self._begin("running batches", self.batches.run)
         if self.section.etcd:
-            self._share(Etcd(self.session, self.section.etcd, self.section.etcd_prefix))
+            self._plain = aiohttp.ClientSession(timeout=timeout)  # etcd gets no instance's key
+            self._share(Etcd(self._plain, self.section.etcd, self.section.etcd_prefix))
         for url in self._listed():
-            self._tasks.append(asyncio.create_task(self._join_when_there(url)))
+            self._join_later(url)
 
     async def stop(self) -> None:
         """End what was begun."""
@@ -104,16 +111,47 @@ class Service:
         await self.feed.close()
         if self.etcd is not None:
             await self.etcd.close()
+            await self._plain.close()
         if self.batches is not None:
             self.batches.store.close()
         self.tokens.close()
         self.upstream.close()
         await self.session.close()
 
+    def _key(self) -> dict[str, str]:
+        key = self.section.instance_key
+        return {"authorization": f"Bearer {key}"} if key else {}
+
+    def _begin(self, what: str, begin: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._tasks.append(asyncio.create_task(kept_up(what, begin), name=what))
+
+    def was_removed(self, record: Record) -> bool:
+        """Whether an administrator has taken just this one away."""
+        return self._removed.get(record.name, "") == record.incarnation != ""
+
+    async def admit(self, record: Record) -> None:
+        """An instance is there; by what an administrator says, also one that was removed."""
+        if self._removed.pop(record.name, None) is not None:
+            await self._shared(f"removed/{record.name}", {"incarnation": ""})
+        self.join(record)
+
+    async def remove(self, name: str) -> None:
+        """Take an instance away, at every router, until it is started again or admitted."""
+        incarnation = self.fleet.registry.members[name].record.incarnation
+        self._removed[name] = incarnation
+        self.leave(name)
+        await self._shared(f"removed/{name}", {"incarnation": incarnation})
+
     def join(self, record: Record) -> None:
-        """An instance is there."""
+        """An instance is there, unless it was removed."""
+        if self.was_removed(record):
+            return
         if self.fleet.join(record, time.monotonic()):
             logger.info("%s joins as %s", record.name, record.role.value)
+            for told, changed in ((self._roles, self._role_changed),
+                                  (self._drains, self._drain_changed)):  # fmt: skip
+                if record.name in told:
+                    changed(record.name, told[record.name])
             if self.fleet.routing.reads_cached:
                 self.feed.follow(record)
         self.gateway.changed.set()
@@ -135,10 +173,14 @@ class Service:
         url = member.record.url if member else f"http://{name}"
         self.leave(name)
         if url in self._listed():
-            self._tasks.append(asyncio.create_task(self._join_when_there(url)))
+            self._join_later(url)
 
     async def _ask(self, path: str, body: bytes) -> tuple[int, bytes]:
         return await self.gateway.ask(path, body)
+
+    def _join_later(self, url: str) -> None:
+        self._tasks = [task for task in self._tasks if not task.done()]
+        self._begin(f"joining {url}", functools.partial(self._join_when_there, url))
 
     async def _join_when_there(self, url: str) -> None:
         while True:
@@ -170,7 +212,7 @@ class Service:
                     await self.change_role(name, role)
                 except (TurningError, KeyError) as error:
                     logger.warning("%s does not become %s: %s", name, role.value, error)
-                    self.fleet.cannot_transfer(name)
+                    self.fleet.cannot_transfer(name, time.monotonic())
 
     async def change_role(self, name: str, role: Role) -> None:
         """Give an instance another role, at every router.
@@ -179,22 +221,30 @@ class Service:
             KeyError: there is none of that name.
             TurningError: it could not be; says why.
         """
+        incarnation = self.fleet.registry.members[name].record.incarnation
         await self.turner.turn(name, role)
         self._set_role(name, role)
-        await self._shared(f"roles/{name}", {"role": role.value})
+        await self._shared(f"roles/{name}", {"role": role.value, "incarnation": incarnation})
 
     async def drain(self, name: str, drains: bool) -> None:
         """Give an instance nothing new, or again; at every router."""
         self.fleet.drain(name, drains)
         self.gateway.changed.set()
-        await self._shared(f"drains/{name}", {"drains": drains})
+        incarnation = self.fleet.registry.members[name].record.incarnation
+        await self._shared(f"drains/{name}", {"drains": drains, "incarnation": incarnation})
 
-    def change_policies(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Route and change roles by other settings from now on; all settings.
+    async def change_policies(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Route and change roles by other settings from now on, at every router; all settings.
 
         Raises:
             ConfigError: one is not known, has a bad value, or is fixed at the start.
         """
+        found = self._apply(values)
+        self._shared_settings |= values
+        await self._shared("settings/policies", self._shared_settings)
+        return found
+
+    def _apply(self, values: Mapping[str, Any]) -> dict[str, Any]:
         for name in values:
             if name not in CHANGEABLE:
                 raise ConfigError(
@@ -227,10 +277,13 @@ class Service:
             "instances/": self._instance_changed,
             "roles/": self._role_changed,
             "drains/": self._drain_changed,
+            "removed/": self._removed_changed,
+            "settings/": self._settings_changed,
         }
-        self._tasks.append(asyncio.create_task(etcd.run(lead_as=address)))
+        # Several processes may serve at one address.
+        self._begin("etcd", functools.partial(etcd.run, f"{address}#{os.getpid()}"))
         for prefix, changed in watched.items():
-            self._tasks.append(asyncio.create_task(etcd.watch(prefix, changed)))
+            self._begin(f"etcd's {prefix}", functools.partial(etcd.watch, prefix, changed))
 
     async def _shared(self, key: str, value: Mapping[str, Any]) -> None:
         if self.etcd is None:
@@ -252,13 +305,39 @@ class Service:
             self.fleet.registry.lease_lost(name, member.record.incarnation, time.monotonic())
 
     def _role_changed(self, name: str, value: Mapping[str, Any] | None) -> None:
-        if value is not None and value.get("role") in [role.value for role in Role]:
+        if value is None or value.get("role") not in [role.value for role in Role]:
+            return
+        self._roles[name] = value
+        if self._is_of(name, value):
             self._set_role(name, Role(value["role"]))
 
     def _drain_changed(self, name: str, value: Mapping[str, Any] | None) -> None:
-        if value is not None and name in self.fleet.registry.members:
+        if value is None:
+            return
+        self._drains[name] = value
+        if self._is_of(name, value):
             self.fleet.drain(name, bool(value.get("drains")))
             self.gateway.changed.set()
+
+    def _removed_changed(self, name: str, value: Mapping[str, Any] | None) -> None:
+        self._removed[name] = str((value or {}).get("incarnation", ""))
+        member = self.fleet.registry.members.get(name)
+        if member is not None and self.was_removed(member.record):
+            self.leave(name)
+
+    def _settings_changed(self, name: str, value: Mapping[str, Any] | None) -> None:
+        if not value or value == self._shared_settings:
+            return
+        try:
+            self._apply(value)
+            self._shared_settings = dict(value)
+        except ConfigError as error:
+            logger.warning("etcd has settings that cannot be: %s", error)
+
+    def _is_of(self, name: str, value: Mapping[str, Any]) -> bool:
+        """Whether etcd speaks of the instance that is there, and not of one before it."""
+        member = self.fleet.registry.members.get(name)
+        return member is not None and member.record.incarnation == value.get("incarnation")
 
 
 def _guarded(section: RouterSection) -> RoutingPolicy:

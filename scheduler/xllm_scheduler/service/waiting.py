@@ -7,8 +7,23 @@ done (Python before 3.12), and the task then runs on for ever.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import logging
+from collections.abc import Callable, Coroutine
 from typing import Any
+
+_AGAIN_S = 1.0
+logger = logging.getLogger("xllm.router")
+
+
+async def kept_up(what: str, begin: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Do something until it is cancelled; what fails is told in the log and begun again."""
+    while True:
+        try:
+            await begin()
+            return
+        except Exception:
+            logger.exception("%s failed and begins again", what)
+        await asyncio.sleep(_AGAIN_S)
 
 
 async def done_within(seconds: float, awaited: Coroutine[Any, Any, object]) -> bool:
