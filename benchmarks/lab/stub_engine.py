@@ -60,6 +60,7 @@ class StubEngine:
         refuses: whether it calls prompts too long that it computes for others.
         stuck: whether it is never done with those.
         busy: whether it takes no requests for now.
+        moves_bytes: what it says that fetching KV moves; None for no count at all.
 
     Args:
         model: the name that it serves.
@@ -73,6 +74,8 @@ class StubEngine:
         self.under_way = 0
         self.transfers = True
         self.ends_at_once = self.stops_before_usage = self.refuses = self.stuck = self.busy = False
+        self.moves_bytes: int | None = None
+        self._moved = 0
         self._key = key
         self._goes = asyncio.Event()
         self._goes.set()
@@ -89,6 +92,7 @@ class StubEngine:
             [
                 web.get("/health", self._health),
                 web.get("/v1/models", self._models),
+                web.get("/metrics", self._metrics),
                 web.get("/under_way", self._count),
                 web.post("/tokenize", self._tokenize),
                 web.post("/v1/chat/completions", self._chat),
@@ -116,6 +120,10 @@ class StubEngine:
     async def _models(self, request: web.Request) -> web.Response:
         one = {"id": self._model, "object": "model", "max_model_len": 100_000}
         return web.json_response({"object": "list", "data": [one]})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        counted = 'vllm:nixl_bytes_transferred_sum{engine="0"} ' + f"{self._moved}\n"
+        return web.Response(text="" if self.moves_bytes is None else counted)
 
     async def _count(self, request: web.Request) -> web.Response:
         return web.json_response({"under_way": self.under_way})
@@ -149,7 +157,10 @@ class StubEngine:
         self, request: web.Request, body: dict[str, Any], prompt: list[int], *, chat: bool
     ) -> web.StreamResponse:
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or 16
-        if (body.get("kv_transfer_params") or {}).get("do_remote_decode"):
+        params = body.get("kv_transfer_params") or {}
+        if params.get("do_remote_prefill"):
+            self._moved += self.moves_bytes or 0
+        if params.get("do_remote_decode"):
             if self.refuses:
                 raise ValueError("the prompt is too long")
             if self.stuck:

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import pytest
+import vllm.config
 import vllm.engine.arg_utils
 import vllm.v1.core.sched.scheduler
 from packaging.specifiers import SpecifierSet
@@ -143,3 +144,15 @@ def test_a_patch_is_applied_once_and_has_one_owner(attribute: str) -> None:
     with pytest.raises(CompatError, match=f"Target.{attribute} was already patched by ours"):
         patch(Target, attribute, _doubled, "theirs")
     assert getattr(Target(), attribute)(3) == 6
+
+
+def test_without_a_role_for_both_no_instance_offers_to_move_kv(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuses(**given: Any) -> None:
+        raise ValueError("kv_role: allowed are kv_producer and kv_consumer")
+
+    monkeypatch.setattr(vllm.config, "KVTransferConfig", refuses)
+    report = inspect_seam("kv_both")
+    assert not report.holds
+    assert report.reason.startswith("KVTransferConfig takes no kv_both: kv_role")

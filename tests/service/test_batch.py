@@ -6,6 +6,7 @@ import asyncio
 import io
 import itertools
 import json
+import sqlite3
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
@@ -121,6 +122,12 @@ async def test_a_cancelled_batch_keeps_what_was_answered(
     assert 0 < count < 50
     output = (await client.files.content(batch.output_file_id)).text
     assert len(output.splitlines()) == count
+    errors = (await client.files.content(batch.error_file_id)).text.splitlines()
+    assert len(errors) == 50 - count
+    assert {json.loads(error)["error"]["code"] for error in errors} == {"batch_cancelled"}
+    answer = await url.ask(ENDPOINT, {"model": MODEL, "prompt": "x", "max_tokens": 1,
+                                      "vllm_xargs": {"xllm_class": "offline"}})  # fmt: skip
+    assert answer["choices"]  # what was cancelled holds no room
     await asyncio.sleep(0.3)
     assert one.engine.under_way == 0
 
@@ -169,6 +176,10 @@ async def test_after_a_restart_it_goes_on_and_answers_nothing_twice(tmp_path: Pa
         ('{"custom_id": "a", "method": "GET"}', "method is 'GET'; allowed is POST"),
         ('{"custom_id": "a", "url": "/v1/x"}', "url is '/v1/x'; allowed is the batch's endpoint"),
         ('{"custom_id": "a", "url": "/v1/completions"}', "body is None; allowed is an object"),
+        (
+            '{"custom_id": "a", "url": "/v1/completions", "body": {"vllm_xargs": "x"}}',
+            "body.vllm_xargs is 'x'; allowed is an object",
+        ),
         ("", "The file holds no request."),
     ],
 )
@@ -176,3 +187,64 @@ def test_what_is_wrong_with_a_line_is_said(line: str, message: str) -> None:
     items, errors = parsed(line.encode(), ENDPOINT)
     assert items == []
     assert message in errors[0]["message"]
+
+
+async def test_an_answer_that_cannot_be_kept_is_kept_later_and_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xllm_scheduler.service.batch._AGAIN_S", 0.01)
+    asked: list[bytes] = []
+
+    async def ask(path: str, body: bytes) -> tuple[int, bytes]:
+        asked.append(body)
+        return 200, b"{}"
+
+    store = BatchStore(tmp_path)
+    keep, failures = store.answered, iter([True] * 3)
+
+    def full(*args: Any, **more: Any) -> None:
+        if next(failures, False):
+            raise sqlite3.OperationalError("database or disk is full")
+        keep(*args, **more)
+
+    monkeypatch.setattr(store, "answered", full)
+    items, errors = parsed(lines(1), ENDPOINT)
+    made = store.add_batch(ENDPOINT, "file-x", "24h", 86400, None, items, errors)
+    view = InstanceView("a", Role.MIXED, pace_ms=50.0)
+    running = asyncio.create_task(Batches(store, ask, lambda: [view], 4).run())
+    while (store.batch(made["id"]) or {})["status"] != "completed":
+        await asyncio.sleep(0.01)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert len(asked) == 1
+    store.close()
+
+
+async def test_lines_wait_for_an_instance_that_serves_their_model(
+    stub: Any, router: Any, tmp_path: Path
+) -> None:
+    """As after a restart, when the instances of another model are there first."""
+    from openai import AsyncOpenAI
+
+    url = await router(data=str(tmp_path), queue_s=20.0)
+    other = {"name": "o", "url": (await stub()).url, "models": ["other"]}
+    await url.admin("POST", "/instances", json=other)
+    client = AsyncOpenAI(base_url=url.url + "/v1", api_key="none")
+    file = await client.files.create(file=("in.jsonl", io.BytesIO(lines(3))), purpose="batch")
+    made = await client.batches.create(
+        input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h"
+    )
+    await asyncio.sleep(0.5)
+    await url.admin("POST", "/instances", json={"url": (await stub()).url})
+    batch = await ended(client, made.id)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (3, 0)
+
+
+async def test_a_file_that_is_too_long_is_refused(stub: Any, router: Any, tmp_path: Path) -> None:
+    from openai import APIStatusError, AsyncOpenAI
+
+    url = await router(await stub(), data=str(tmp_path), most_file_bytes=100)
+    client = AsyncOpenAI(base_url=url.url + "/v1", api_key="none")
+    with pytest.raises(APIStatusError, match="longer than 100 bytes") as refused:
+        await client.files.create(file=("in.jsonl", io.BytesIO(lines(9))), purpose="batch")
+    assert refused.value.status_code == 413

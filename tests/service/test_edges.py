@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 from typing import Any
@@ -21,6 +22,8 @@ from tests.service.test_gateway import (
     text,
     until,
 )
+from xllm_plugins.errors import ConfigError
+from xllm_scheduler.service.command import add_command, run
 
 
 def name_of(one: Stub) -> str:
@@ -229,3 +232,37 @@ async def test_what_is_refused_by_all_tells_when_to_come_again(stub: Any, router
     async with url.session.post(url.url + CHAT, data=json.dumps(chat())) as answer:
         assert (answer.status, answer.headers["retry-after"]) == (503, "7")
         assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(("moved", "status"), [(0, 409), (4096, 200)])
+async def test_a_role_wants_bytes_to_have_moved_where_they_are_counted(
+    stub: Any, router: Any, monkeypatch: pytest.MonkeyPatch, moved: int, status: int
+) -> None:
+    """Where KV did not come vLLM computes the prompt, and the answer looks the same."""
+    monkeypatch.setattr("xllm_scheduler.service.turning._COUNTED_S", 0.3)
+    prefill, decode = await stub(), await stub()
+    for one in (prefill, decode):
+        one.engine.moves_bytes = moved
+    url = await router(prefill, decode)
+    found = await url.admin(
+        "PUT", f"/instances/{name_of(decode)}/role", status=status, params={"role": "decode"}
+    )
+    if status == 409:
+        assert "did not get the KV" in found["error"]["message"]
+    roles = {i["name"]: i["role"] for i in (await url.status())["instances"]}
+    assert roles[name_of(decode)] == ("decode" if status == 200 else "mixed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "x", "--instances", "http://a:1"], "with router.data allowed is 1"),
+        ([], "allowed is 1 without router.etcd and router.instances"),
+    ],
+)
+def test_several_processes_need_to_know_the_same(arguments: list[str], message: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_command(parser.add_subparsers())
+    args = parser.parse_args(["router", "--workers", "2", *arguments])
+    with pytest.raises(ConfigError, match=message):
+        run(args)

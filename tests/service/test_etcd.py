@@ -38,12 +38,13 @@ async def until(condition: Any) -> None:
 
 
 @contextlib.asynccontextmanager
-async def registered(server: EtcdServer, url: str) -> AsyncIterator[None]:
+async def registered(server: EtcdServer, url: str, incarnation: str = "") -> AsyncIterator[None]:
     """An instance that keeps itself in etcd."""
     async with aiohttp.ClientSession() as session:
         etcd = Etcd(session, server.url, "/xllm")
         name = url.removeprefix("http://")
-        etcd.keep(f"instances/{name}", Record(name, url, ("stub",)).document())
+        record = Record(name, url, ("stub",), incarnation=incarnation)
+        etcd.keep(f"instances/{name}", record.document())
         task = asyncio.create_task(etcd.run())
         try:
             yield
@@ -147,3 +148,38 @@ async def test_while_etcd_is_away_all_serve_on_and_then_agree_again(
         async with registered(etcd, two.url):
             await asyncio.wait_for(url.joined(2), 10)
             assert len(await names(url)) == 2
+
+
+async def test_a_router_that_comes_later_knows_roles_removals_and_settings(
+    etcd: EtcdServer, stub: Any, router: Any
+) -> None:
+    first = await router(etcd=etcd.url, address="http://127.0.0.1:1")
+    one, two = await stub(), await stub()
+    name, gone = (s.url.removeprefix("http://") for s in (one, two))
+    async with registered(etcd, one.url, "1"), registered(etcd, two.url, "1"):
+        await asyncio.wait_for(first.joined(2), 10)
+        await first.admin("PUT", f"/instances/{name}/role", params={"role": "decode"})
+        await first.admin("DELETE", f"/instances/{gone}")
+        await first.admin("PUT", "/settings", json={"routing": "least_loaded"})
+        second = await router(etcd=etcd.url, address="http://127.0.0.1:2")
+
+        async def agreed() -> bool:
+            status = await second.status()
+            found = {i["name"]: i["role"] for i in status["instances"]}
+            return bool(found == {name: "decode"} and status["routing"] == "least_loaded")
+
+        await until(agreed)
+        assert await names(first) == {name}
+    async with registered(etcd, one.url, "2"):  # started again: as it says itself
+
+        async def begun_anew() -> bool:
+            roles = [
+                i["role"] for url in (first, second) for i in (await url.status())["instances"]
+            ]
+            return roles == ["mixed", "mixed"]
+
+        await until(begun_anew)
+        third = await router(etcd=etcd.url, address="http://127.0.0.1:3")
+        await asyncio.wait_for(third.joined(1), 10)
+        await asyncio.sleep(0.5)
+        assert [i["role"] for i in (await third.status())["instances"]] == ["mixed"]

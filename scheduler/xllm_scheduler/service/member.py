@@ -133,13 +133,13 @@ def record_of(config: Any, args: Any, section: ServiceSection, engine: Mapping[s
         step_tokens=config.scheduler_config.max_num_batched_tokens,
         step_time=step_time,
         pace_ms=float(settings.get("tpot_ms", 0.0)) if step_time else 0.0,
-        transfers=_transfers(config.kv_transfer_config),
+        transfers=inspect_seam("kv_both").holds and _transfers(config.kv_transfer_config),
     )
 
 
 def _transfers(transfer: Any) -> bool:
     """Whether KV can go both ways, so that any role can be had."""
-    if transfer is None or transfer.kv_role != "kv_both" or not inspect_seam("kv_both").holds:
+    if transfer is None or transfer.kv_role != "kv_both":
         return False
     children = transfer.kv_connector_extra_config.get("connectors", ())
     names = {child["kv_connector"] for child in children} or {transfer.kv_connector}

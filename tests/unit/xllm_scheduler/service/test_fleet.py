@@ -188,3 +188,88 @@ def test_text_stands_for_tokens_that_are_not_known() -> None:
     late = one.decision("late")
     assert late is not None
     assert late.cached.get(first, 0.0) == 0.0
+
+
+def ranked(*names: str) -> Fleet:
+    made = Fleet(KvAware())
+    for name in names:
+        made.join(record(name, dp_size=4), 0.0)
+    return made
+
+
+def test_ranks_share_the_work_though_one_holds_a_common_beginning() -> None:
+    one = ranked("a")
+    one.kv_events("a", 2, [BlockStored([1], None, TOKENS[:16], 16, "GPU")])
+    ranks = []
+    for number in range(40):
+        tokens = [*TOKENS[:16], *range(100 * number, 100 * number + 200)]
+        one.place(ask(f"r{number}", 216), 0.0, prompt=Prompt("m", tokens))
+        decision = one.decision(f"r{number}")
+        assert decision is not None
+        ranks.append(decision.ranks["a"])
+    assert ranks[0] == 2
+    assert {rank: ranks.count(rank) for rank in range(4)} == {0: 10, 1: 10, 2: 10, 3: 10}
+
+
+def test_a_rank_with_less_to_do_is_not_left_out_for_ever_after_an_instance_returns() -> None:
+    one = ranked("a")
+    for number in range(4):
+        one.place(ask(f"r{number}"), 0.0)
+    one.leave("a")
+    one.join(record("a", dp_size=4, incarnation="2"), 1.0)
+    for number in range(4):
+        one.dropped(f"r{number}")  # of the one before
+    found = set()
+    for number in range(4):
+        one.place(ask(f"s{number}"), 1.0)
+        decision = one.decision(f"s{number}")
+        assert decision is not None
+        found.add(decision.ranks["a"])
+    assert found == {0, 1, 2, 3}
+
+
+def test_fewer_ranks_after_a_restart_leave_nothing_behind() -> None:
+    one = ranked("a")
+    one.kv_events("a", 3, [BlockStored([1], None, TOKENS[:16], 16, "GPU")])
+    one.join(record("a", dp_size=2, incarnation="2"), 1.0)
+    assert one.index.match(Prompt("m", TOKENS)) == {}
+    assert one.place(ask(), 1.0, prompt=Prompt("m", TOKENS)) is not None
+
+
+def test_where_no_events_tell_what_was_sent_counts() -> None:
+    one = Fleet(KvAware())
+    one.join(record("a", block_tokens=0), 0.0)
+    one.join(record("b"), 0.0)
+    one.kv_events("b", 0, [BlockStored([1], None, TOKENS[:16], 16, "GPU")])
+    one.place(ask("r0"), 0.0, prompt=Prompt("m", TOKENS), without=["b"])
+    one.finished(ask("r0"), 1, 1.0)
+    assert at(one, ask("r1"), prompt=Prompt("m", TOKENS)) == "a"
+    decision = one.decision("r1")
+    assert decision is not None
+    assert decision.cached == {"a": 64.0, "b": 16.0}
+
+
+def test_adapters_and_other_names_find_their_kv() -> None:
+    prompt = Prompt("m", TOKENS, lora="adapter")
+    one = fleet()
+    one.join(record("a", models=("m", "alias", "adapter"), loras=("adapter",)), 0.0)
+    one.kv_events("a", 0, [BlockStored([1], None, TOKENS[:16], 16, "GPU", [("adapter",)])])
+    assert one.index.match(prompt)["a#0"].total == 16
+    assert one.index.match(Prompt("m", TOKENS)) == {}
+
+
+def test_one_that_offered_no_kv_is_asked_again_after_a_while() -> None:
+    one = fleet("a")
+    one.cannot_transfer("a", 0.0)
+    assert not one.views(10.0)[0].transfers
+    assert one.views(100.0)[0].transfers
+
+
+def test_a_trial_that_is_dropped_lets_another_one_try() -> None:
+    one = fleet("a", new_breaker=lambda: Breaker(failures=1, open_s=10.0))
+    one.place(ask("r"), 0.0)
+    one.failed("r", "a", 0.0)
+    assert one.place(ask("s"), 11.0) is not None
+    assert one.place(ask("t"), 11.0) is None
+    one.dropped("s")
+    assert one.place(ask("t"), 11.0) is not None

@@ -130,3 +130,13 @@ def test_who_moves_no_kv_stays_mixed() -> None:
 def test_settings_choose_it() -> None:
     assert roles_of(RouterSection()) is None
     assert isinstance(roles_of(RouterSection(roles="dynamic")), DynamicRoles)
+
+
+def test_instances_of_different_models_are_divided_apart() -> None:
+    busy = split(0, prefill_share=0.0, running=0)
+    busy = [v._replace(prefill_share=0.6, running=40, model="a") for v in busy]
+    idle = [v._replace(instance_id=f"b{n}", model="b") for n, v in enumerate(EIGHT)]
+    changes = policy().roles([*busy, *idle], 0.0)
+    assert changes
+    assert all(name.startswith("i") for name in changes)
+    assert policy().roles(busy, 0.0) == changes

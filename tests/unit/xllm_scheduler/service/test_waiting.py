@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from xllm_scheduler.service.waiting import done_within
+from xllm_scheduler.service.waiting import done_within, kept_up
 
 
 async def test_whether_it_ended_in_time() -> None:
@@ -57,3 +57,24 @@ async def test_a_cancellation_in_the_moment_of_the_end_is_not_lost() -> None:
         assert task.cancelled(), hops
         task = asyncio.create_task(rounds())
     task.cancel()
+
+
+async def test_what_fails_is_begun_again_and_a_cancellation_ends_it(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xllm_scheduler.service.waiting._AGAIN_S", 0.0)
+    begun: list[int] = []
+
+    async def work() -> None:
+        begun.append(1)
+        if len(begun) < 3:
+            raise KeyError("gone")
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(kept_up("the work", work))
+    while len(begun) < 3:
+        await asyncio.sleep(0)
+    assert caplog.text.count("the work failed and begins again") == 2
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
