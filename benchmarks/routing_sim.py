@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mooncake", type=Path, required=True, help="the conversation trace")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--seconds", type=float, default=3600.0, help="of the trace")
-    parser.add_argument("--slice-s", type=float, default=1200.0, help="of it, for goodput; 0: none")
+    parser.add_argument("--slice-s", type=float, default=600.0, help="of it, for goodput; 0: none")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="simulations at a time")
     parser.add_argument(
         "--json", type=Path, default=ROOT / "benchmarks" / "results" / "routing_sim.json"
@@ -181,10 +181,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = {}
         for name, run in runs.items():
             results[name] = run.result()
-            if name in sweeps:
-                best, factor = sweeps[name].result()
-                results[name] = dataclasses.replace(results[name], goodput_s=best, factor=factor)
             print(f"{name}: {results[name]}", flush=True)
+        for name, sweep in sweeps.items():
+            best, factor = sweep.result()
+            results[name] = dataclasses.replace(results[name], goodput_s=best, factor=factor)
+            print(f"{name}: {best:.2f}/s in time at {factor:.2f} times the rate", flush=True)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     document = {name: dataclasses.asdict(one) for name, one in results.items()}
     options.json.write_text(json.dumps({"possible": possible, **document}, indent=1) + "\n")
