@@ -80,8 +80,12 @@ class TierCounts:
 
 
 @dataclass
-class _Line:
-    """Least squares of ms over MiB, exponentially weighted."""
+class Line:
+    """Least squares of ms over MiB, exponentially weighted.
+
+    Args:
+        guess_ms, guess_ms_per_mib: what is thought before anything was seen.
+    """
 
     guess_ms: float
     guess_ms_per_mib: float
@@ -103,10 +107,12 @@ class _Line:
         self.add(mib, ms)
 
     def add(self, mib: float, ms: float) -> None:
+        """Add a transfer, and believe no less in what was seen before."""
         for place, value in enumerate((1.0, mib, ms, mib * mib, mib * ms)):
             self.sums[place] = _FORGET * self.sums[place] + value
 
     def at(self, mib: float) -> float:
+        """How long so much takes, ms."""
         n, x, y, xx, xy = self.sums
         spread = n * xx - x * x
         slope = (n * xy - x * y) / spread if spread > 1e-9 * n * xx else y / x if x else 0.0
@@ -122,7 +128,7 @@ class Prices:
     """
 
     def __init__(self, guesses: Mapping[str, tuple[float, float]]) -> None:
-        self._lines = {t: _Line(ms, 1.0 / speed) for t, (ms, speed) in guesses.items()}
+        self._lines = {t: Line(ms, 1.0 / speed) for t, (ms, speed) in guesses.items()}
         self._under_way = dict.fromkeys(guesses, 0)
         self._tried_s = dict.fromkeys(guesses, float("-inf"))
         self._late: set[str] = set()

@@ -48,6 +48,7 @@ class Call:
         failed: the instances that failed it.
         lost: the instance that was given up while it had the request; "" for none.
         first_s: when the first of the answer came.
+        computed_s: when another instance was done with its prompt.
         tokens: of the answer.
         status: of the answer; 0 before it.
     """
@@ -64,6 +65,7 @@ class Call:
     failed: list[str] = field(default_factory=list)
     lost: str = ""
     first_s: float | None = None
+    computed_s: float | None = None
     tokens: int = 0
     status: int = 0
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from xllm_kv.index import KvIndex, Match, Prompt, Tier
+from xllm_kv.prices import Line
 from xllm_plugins.latency import StepTime
 from xllm_scheduler.service.breaker import Breaker
+from xllm_scheduler.service.forecast import step_ms
 from xllm_scheduler.service.load import Beat, Facts, LoadBook
 from xllm_scheduler.service.registry import Member, Patience, Record, Registry
 from xllm_scheduler.service.routing import (
@@ -42,6 +44,7 @@ TEXT_BLOCK = 16  # tokens, where an instance does not tell, or text stands for t
 _MOST_SENT_BLOCKS = 500_000
 _ANSWERS = 0.01  # weight of one answer in the mean length
 _NO_TRANSFERS_S = 60.0
+_UNIT, _LEAST_MOVE_MS = 64.0, 0.1  # tokens; about what a MiB holds, which is what the line is for
 _PROMISE_S = 2.0  # for events to tell of a prompt that was sent
 
 
@@ -115,6 +118,7 @@ class Fleet:
         self._at_rank: dict[tuple[str, int], float] = {}
         self._ranked: dict[str, list[tuple[tuple[str, int], float]]] = {}
         self._no_transfers: dict[str, float] = {}  # until when
+        self._moves: dict[str, Line] = {}  # ms over units of tokens
         self._mean_output = 0.0
         self._asked_roles_s = -math.inf
 
@@ -160,6 +164,26 @@ class Fleet:
         """An instance knows better how long its steps take."""
         if step_time:
             self._known(name, step_time=dict(step_time))
+
+    def moved(self, request_id: str, took_ms: float, now_s: float) -> None:
+        """The first token of a request has come, so long after its prompt was done elsewhere."""
+        decision = self._decisions.get(request_id)
+        prompt_tokens = self._book.prompt_tokens(request_id)
+        if decision is None or not prompt_tokens:
+            return
+        name = decision.route.decode
+        view = next((view for view in self.views(now_s) if view.instance_id == name), None)
+        if view is None:
+            return
+        line = self._moves.get(name)
+        if line is None:
+            line = self._moves[name] = Line(view.transfer_ms, view.transfer_token_ms * _UNIT)
+        tokens = max(0.0, prompt_tokens - decision.cached.get(name, 0.0))
+        # A step generates the token; what is left over was spent on fetching, or on waiting for it.
+        line.learn(tokens / _UNIT, max(_LEAST_MOVE_MS, took_ms - step_ms(view)))
+        once_ms = line.at(0.0)
+        token_ms = (line.at(1.0) - once_ms) / _UNIT
+        self._known(name, transfer_ms=once_ms, transfer_token_ms=token_ms)
 
     def cannot_transfer(self, name: str, now_s: float) -> None:
         """An instance was asked to send KV and did not offer it; for a while it is not again."""
@@ -383,6 +407,7 @@ class Fleet:
 
     def _forget(self, name: str, ranks: int) -> None:
         self._book.remove(name)
+        self._moves.pop(name, None)
         self._breakers.pop(name, None)
         for rank in range(ranks):
             self.index.remove(index_name(name, rank))

@@ -390,6 +390,7 @@ class Gateway:
         self._fleet.first_token(call.view.request_id)
         params = answer.get("kv_transfer_params")
         if params:
+            call.computed_s = time.monotonic()
             tokens = prompt_tokens_of(answer)
             if tokens and call.path.startswith(CHAT):
                 params = {**params, "prompt_token_ids": tokens}
@@ -448,8 +449,7 @@ class Gateway:
             if out:
                 if not begun:  # also of one that goes on here
                     begun = True
-                    call.first_s = call.first_s or time.monotonic()
-                    self._fleet.first_token(call.view.request_id)
+                    self._first(call, time.monotonic())
                 await exchange.write(out)
             if stream.error:
                 raise UpstreamError(name, f"{name} failed in its answer", 500)
@@ -458,6 +458,14 @@ class Gateway:
             raise UpstreamError(name, f"{name} broke off")
         call.tokens = stream.tokens
         await exchange.end()
+
+    def _first(self, call: Call, now_s: float) -> None:
+        """The first token has come, or the first after the answer has gone on elsewhere."""
+        call.first_s = call.first_s or now_s
+        self._fleet.first_token(call.view.request_id)
+        if call.computed_s is not None:
+            took_ms, call.computed_s = (now_s - call.computed_s) * 1e3, None
+            self._fleet.moved(call.view.request_id, took_ms, now_s)
 
     @contextlib.asynccontextmanager
     async def _asked(self, call: Call, name: str, body: bytes) -> AsyncIterator[Connection]:

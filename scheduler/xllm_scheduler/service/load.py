@@ -191,6 +191,11 @@ class LoadBook:
         """What policies see of all instances."""
         return [self._view(name, load, now_s) for name, load in self._loads.items()]
 
+    def prompt_tokens(self, request_id: str) -> int:
+        """Of a request that is under way; 0 of another."""
+        sent = self._sent.get(request_id)
+        return sent.prompt_tokens if sent else 0
+
     def is_under_way(self, request_id: str) -> bool:
         """Whether a request was placed and is not over."""
         return request_id in self._sent

@@ -49,8 +49,8 @@ class Record:
         step_time: coefficients of its step times, by name; empty if not known.
         pace_ms: the longest step while online requests generate; 0 if it keeps none.
         transfers: whether it sends and fetches KV, as far as is known.
-        transfer_ms: what fetching takes beside the tokens.
-        transfer_token_ms: and for each token.
+        transfer_ms: what fetching takes beside the tokens; a guess until it was seen.
+        transfer_token_ms: and for each token; likewise.
         loras: which of its models are adapters.
     """
 
@@ -71,8 +71,8 @@ class Record:
     step_time: Mapping[str, float] = field(default_factory=dict)
     pace_ms: float = 0.0
     transfers: bool = True
-    transfer_ms: float = 0.0
-    transfer_token_ms: float = 0.0
+    transfer_ms: float = 20.0
+    transfer_token_ms: float = 0.01
     loras: Sequence[str] = ()
 
     def document(self) -> dict[str, Any]:

@@ -273,3 +273,22 @@ def test_a_trial_that_is_dropped_lets_another_one_try() -> None:
     assert one.place(ask("t"), 11.0) is None
     one.dropped("s")
     assert one.place(ask("t"), 11.0) is not None
+
+
+def test_what_moving_kv_takes_is_learned_beside_a_step() -> None:
+    one = fleet("a", "b")
+    one.set_role("a", Role.PREFILL, 0.0)
+    one.set_role("b", Role.DECODE, 0.0)
+    one.routing = least_loaded()
+    for number in range(30):
+        tokens = 1000 * (1 + number % 4)
+        one.place(ask(f"r{number}", tokens), 0.0)
+        one.first_token(f"r{number}")
+        generates_ms = 10.0 + 0.5  # a step of one request
+        one.moved(f"r{number}", generates_ms + 40.0 + 0.03 * tokens, 0.0)
+        one.finished(ask(f"r{number}", tokens), 10, 0.0)
+    found = {view.instance_id: view for view in one.views(0.0)}["b"]
+    assert found.transfer_ms == pytest.approx(40.0, rel=0.1)
+    assert found.transfer_token_ms == pytest.approx(0.03, rel=0.1)
+    one.moved("r0", 1.0, 0.0)  # over already
+    assert {view.instance_id: view for view in one.views(0.0)}["b"] == found
