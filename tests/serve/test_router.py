@@ -148,6 +148,24 @@ def test_an_answer_is_the_instances_own(fleet: Fleet) -> None:
     assert "Paris" in text(through)
 
 
+@pytest.mark.parametrize(
+    ("path", "more", "last"),
+    [
+        ("/v1/responses", {"input": "Hello.", "max_output_tokens": 8}, "response.completed"),
+        ("/v1/messages", {"messages": body("Hello.")["messages"], "max_tokens": 8}, "message_stop"),
+    ],
+)
+def test_streams_of_other_apis_come_whole(
+    fleet: Fleet, path: str, more: dict[str, Any], last: str
+) -> None:
+    asked = {"model": "smol", "stream": True, **more}
+    found = requests.post(f"{fleet.router.url}{path}", json=asked, timeout=300)
+    assert found.status_code == 200, found.text
+    kinds = [line[7:] for line in found.text.splitlines() if line.startswith("event: ")]
+    assert kinds[-1] == last, found.text
+    assert sum("delta" in kind for kind in kinds) >= 2, kinds
+
+
 def test_a_prompt_goes_where_its_kv_lies(fleet: Fleet) -> None:
     fleet.roles("mixed", "mixed")
     for server, name in zip(fleet.servers, fleet.names, strict=True):
