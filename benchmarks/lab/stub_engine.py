@@ -19,6 +19,8 @@ from typing import Any
 
 from aiohttp import web
 
+from xllm_eplb.command import LOADS_PATH
+
 _VOCABULARY = 1000
 _REMEMBERED = 100  # requests
 _OTHERS = ("/v1/responses", "/v1/messages", "/v1/embeddings")
@@ -55,6 +57,7 @@ class StubEngine:
         under_way: requests that are not answered in full.
         asked: the bodies and headers of the last requests.
         transfers: whether it offers KV to others.
+        eplb: what it tells of its experts' loads; None where it balances none.
 
     Args:
         model: the name that it serves.
@@ -66,6 +69,7 @@ class StubEngine:
         self._model, self._token_s, self._prompt_s = model, token_ms / 1e3, prompt_ms / 1e3
         self.under_way = 0
         self.transfers = True
+        self.eplb: dict[str, Any] | None = None
         self._goes = asyncio.Event()
         self._goes.set()
         self.asked: list[tuple[dict[str, Any], dict[str, str]]] = []  # bodies and headers
@@ -82,6 +86,7 @@ class StubEngine:
                 web.get("/health", self._health),
                 web.get("/v1/models", self._models),
                 web.get("/under_way", self._count),
+                web.get(LOADS_PATH, self._loads),
                 web.post("/tokenize", self._tokenize),
                 web.post("/v1/chat/completions", self._chat),
                 web.post("/v1/completions", self._complete),
@@ -100,6 +105,12 @@ class StubEngine:
 
     async def _count(self, request: web.Request) -> web.Response:
         return web.json_response({"under_way": self.under_way})
+
+    async def _loads(self, request: web.Request) -> web.Response:
+        await self._goes.wait()
+        if self.eplb is None:
+            return web.json_response({"error": "xllm.eplb is not active."}, status=404)
+        return web.json_response(self.eplb)
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()

@@ -17,6 +17,7 @@ import numpy as np
 from xllm_eplb.errors import PlacementError
 from xllm_eplb.placement import Topology, imbalance
 from xllm_eplb.policy import BalancePolicy, Decision, Outcome, Rules
+from xllm_eplb.replay import device_shares
 from xllm_eplb.search import EMPTY, Floats, Ints
 from xllm_eplb.trace import Machine, Window
 from xllm_plugins.metrics import Metric, Sample
@@ -48,6 +49,7 @@ class Books:
         outcomes: layers by what was decided, over all plans.
         layer_outcomes: of the last plan, by layer.
         layer_moves: experts moved so far, by layer.
+        last_moves: of these, by the last plan.
         measured: max/mean device load of the last window, by layer.
         imbalance: what is expected of the next.
         longest_stall_s: of the seconds in ``stall_s``.
@@ -64,6 +66,7 @@ class Books:
     outcomes: Counter[str] = field(default_factory=Counter)
     layer_outcomes: list[str] = field(default_factory=list)
     layer_moves: list[int] = field(default_factory=list)
+    last_moves: list[int] = field(default_factory=list)
     measured: list[float] = field(default_factory=list)
     imbalance: list[float] = field(default_factory=list)
     reason: str = ""
@@ -74,10 +77,10 @@ class Books:
         self.reason = decision.reason
         self.layer_outcomes = [outcome.value for outcome in decision.outcomes]
         self.outcomes.update(self.layer_outcomes)
+        self.last_moves = moved = decision.moves.tolist()
         if decision.reason:
             self.refused += 1
             return
-        moved = decision.moves.tolist()
         self.moves += sum(moved)
         self.moved_bytes += sum(moved) * expert_bytes
         before = self.layer_moves if len(self.layer_moves) == len(moved) else [0] * len(moved)
@@ -141,6 +144,14 @@ class Balancer:
     def books(self) -> dict[str, Any]:
         """What was decided, in plain types."""
         return {**asdict(self._books), "outcomes": dict(self._books.outcomes)}
+
+    def loads(self) -> dict[str, Any]:
+        """The books, and under ``devices`` the last window's load of devices.
+
+        That is ``[layers, devices]`` in percent of the layer's mean; empty before the first plan.
+        """
+        shares = [np.rint(100.0 * device_shares(one)) for one in [*self._windows][-1:]]
+        return {**self.books(), "devices": shares[0].astype(int).tolist() if shares else []}
 
     def rebalance(
         self, load: Floats, slots: int, groups: int, nodes: int, devices: int, current: Ints

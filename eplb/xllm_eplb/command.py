@@ -19,7 +19,7 @@ from xllm_eplb.trace import Window, lines_of, read_trace
 from xllm_plugins.config import parse_section
 from xllm_plugins.errors import ConfigError, NotAvailableError
 
-WINDOWS_PATH = "/xllm/v1/eplb/windows"
+LOADS_PATH, WINDOWS_PATH = "/xllm/v1/eplb/loads", "/xllm/v1/eplb/windows"
 _POLL_S = 2.0
 
 

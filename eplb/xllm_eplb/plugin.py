@@ -110,14 +110,22 @@ def worker_windows(after: int, worker: Any) -> list[dict[str, Any]]:
     return [] if _balancer is None else _balancer.windows(after)
 
 
+def worker_loads(worker: Any) -> dict[str, Any]:
+    """Called in a worker process: what it has decided, and the load of each device."""
+    return {} if _balancer is None else _balancer.loads()
+
+
 def tell(engine_core: Any, command: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The last windows of loads, of plans after ``after``."""
+    """The last windows of loads, of plans after ``after``; without it the loads of devices."""
+    if "after" not in command:
+        loads: Mapping[str, Any] = eplb_policy.ask_worker(engine_core, worker_loads)
+        return loads
     ask = functools.partial(worker_windows, int(command["after"]))
     return {"windows": eplb_policy.ask_worker(engine_core, ask)}
 
 
 def endpoints(app: Any) -> None:
-    """Let ``xllm eplb record`` read the loads."""
+    """Let ``xllm eplb record`` and routers read the loads."""
     from xllm_eplb.api import add_endpoints
 
     add_endpoints(app)
