@@ -22,6 +22,7 @@ SEAMS = (
     "engine_config",
     "engine_status",
     "eplb_cpu",
+    "eplb_phase",
     "eplb_policy",
     "kv_connector",
     "kv_tiers",
