@@ -19,6 +19,8 @@ from typing import Any
 
 from aiohttp import web
 
+from xllm_eplb.command import LOADS_PATH
+
 _VOCABULARY = 1000
 _REMEMBERED = 100  # requests
 _OTHERS = ("/v1/responses", "/v1/messages", "/v1/embeddings")
@@ -61,6 +63,7 @@ class StubEngine:
         stuck: whether it is never done with those.
         busy: whether it takes no requests for now.
         moves_bytes: what it says that fetching KV moves; None for no count at all.
+        eplb: what it tells of its experts' loads; None where it balances none.
 
     Args:
         model: the name that it serves.
@@ -77,6 +80,7 @@ class StubEngine:
         self.moves_bytes: int | None = None
         self._moved = 0
         self._key = key
+        self.eplb: dict[str, Any] | None = None
         self._goes = asyncio.Event()
         self._goes.set()
         self.asked: list[tuple[dict[str, Any], dict[str, str]]] = []  # bodies and headers
@@ -94,6 +98,7 @@ class StubEngine:
                 web.get("/v1/models", self._models),
                 web.get("/metrics", self._metrics),
                 web.get("/under_way", self._count),
+                web.get(LOADS_PATH, self._loads),
                 web.post("/tokenize", self._tokenize),
                 web.post("/v1/chat/completions", self._chat),
                 web.post("/v1/completions", self._complete),
@@ -127,6 +132,12 @@ class StubEngine:
 
     async def _count(self, request: web.Request) -> web.Response:
         return web.json_response({"under_way": self.under_way})
+
+    async def _loads(self, request: web.Request) -> web.Response:
+        await self._goes.wait()
+        if self.eplb is None:
+            return web.json_response({"error": "xllm.eplb is not active."}, status=404)
+        return web.json_response(self.eplb)
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from xllm_eplb.config import EplbSection
+from xllm_eplb.phases import PHASES
 from xllm_eplb.replay import WANTED, Rule, Score, ours, replayed, untouched
 from xllm_eplb.trace import Window, lines_of, read_trace
-from xllm_plugins.config import parse_section
+from xllm_plugins.config import Source, resolve
 from xllm_plugins.errors import ConfigError, NotAvailableError
 
-WINDOWS_PATH = "/xllm/v1/eplb/windows"
+LOADS_PATH, WINDOWS_PATH = "/xllm/v1/eplb/loads", "/xllm/v1/eplb/windows"
 _POLL_S = 2.0
 
 
@@ -91,21 +92,19 @@ def rules_of(windows: list[Window], variants: list[str]) -> dict[str, Rule]:
         rules["vllm's default"] = default
     for variant in ["", *variants]:
         section = _section(variant)
-        rules[f"ours {variant}".rstrip()] = ours(section.rules(), windows[0])
+        rules[f"ours {variant}".rstrip()] = ours(section.rules(), windows[0], section.phase)
     return rules
 
 
 def _section(variant: str) -> EplbSection:
-    pairs = [pair.partition("=") for pair in variant.split(",") if pair]
     values: dict[str, Any] = {}
-    for key, equals, text in pairs:
+    for key, _, text in (pair.partition("=") for pair in variant.split(",") if pair):
         try:
             values[key] = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(
-                f"--ours has {key + equals + text!r}; allowed is KEY=NUMBER, separated by commas."
-            ) from error
-    section: EplbSection = parse_section(EplbSection, "eplb", values)
+        except ValueError:
+            values[key] = text  # a name
+    source = Source("--ours", {"eplb": values})
+    section: EplbSection = resolve({"eplb": EplbSection}, [source]).sections["eplb"]
     return section
 
 
@@ -119,9 +118,12 @@ def _replay(args: argparse.Namespace) -> int:
         f"{topology.devices} devices with {topology.slots} slots; each plan on the next window:"
     )
     width = max(map(len, found))
-    print(f"{'rule':{width}}  max/mean  moved/plan  ms/plan")
+    phases = [phase for phase in PHASES if phase.value in found["none"].phases]
+    heads = "".join(f"  {phase.value:>8}" for phase in phases)
+    print(f"{'rule':{width}}  max/mean{heads}  moved/plan  ms/plan")
     for name, one in found.items():
-        print(f"{name:{width}}  {one.balance:8.4f}  {one.moves:10.2%}  {one.plan_ms:7.1f}")
+        apart = "".join(f"  {one.phases[phase.value]:8.4f}" for phase in phases)
+        print(f"{name:{width}}  {one.balance:8.4f}{apart}  {one.moves:10.2%}  {one.plan_ms:7.1f}")
     if args.json:
         args.json.write_text(json.dumps({n: asdict(s) for n, s in found.items()}, indent=1) + "\n")
     return 0

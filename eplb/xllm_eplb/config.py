@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from xllm_eplb.phases import Phase
 from xllm_eplb.policy import Rules
 from xllm_plugins.config import Section, option
 
@@ -12,6 +13,9 @@ from xllm_plugins.config import Section, option
 class EplbSection(Section):
     """The ``eplb`` section."""
 
+    phase: Phase = option(
+        Phase.ALL, "the steps that experts are balanced for: all, or those that mostly do one of it"
+    )
     wanted: float = option(
         1.005,
         "max/mean device load that a plan aims at; more of it costs fewer moves",

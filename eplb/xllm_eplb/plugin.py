@@ -10,8 +10,9 @@ from typing import Any
 from xllm_eplb import command
 from xllm_eplb.balancer import METRICS, Balancer, report_of
 from xllm_eplb.config import EplbSection
+from xllm_eplb.phases import Prefill, is_prefill
 from xllm_eplb.trace import Machine
-from xllm_plugins.compat import eplb_cpu, eplb_policy, inspect_seam
+from xllm_plugins.compat import eplb_cpu, eplb_phase, eplb_policy, inspect_seam
 from xllm_plugins.errors import NotAvailableError
 from xllm_plugins.features import Attachment, Feature
 from xllm_plugins.hookspecs import hookimpl
@@ -43,7 +44,8 @@ def attach(attachment: Attachment) -> str:
 
 def install() -> None:
     """In every process: replace the policy of vLLM's EPLB once it takes a model."""
-    eplb_policy.install(planner, stalled)
+    eplb_policy.install(planner, stalled, begins)
+    eplb_phase.install(is_prefill)
     eplb_cpu.install(on_cpu)
 
 
@@ -57,6 +59,13 @@ def stalled(seconds: float) -> None:
     """Count a rearrangement of this process."""
     if _balancer is not None:
         _balancer.stalled(seconds)
+
+
+def begins(state: Any) -> None:
+    """A plan begins on every rank, from this state's window if there is one."""
+    if _balancer is not None:
+        found = [] if state is None else eplb_phase.prefill_loads(state)
+        _balancer.counted([one and Prefill(*one) for one in found])
 
 
 def planner(vllm_config: Any, experts: eplb_policy.Experts) -> eplb_policy.Rebalance | None:
@@ -78,7 +87,7 @@ def planner(vllm_config: Any, experts: eplb_policy.Experts) -> eplb_policy.Rebal
     if _balancer is None:  # a draft model's experts are planned beside the model's
         parallel = vllm_config.parallel_config
         first = parallel.rank == 0 and parallel.data_parallel_rank == 0
-        _balancer = Balancer(section.rules(), machine, speaks=first)
+        _balancer = Balancer(section.rules(), machine, section.phase, speaks=first)
     return _balancer.rebalance
 
 
@@ -110,14 +119,22 @@ def worker_windows(after: int, worker: Any) -> list[dict[str, Any]]:
     return [] if _balancer is None else _balancer.windows(after)
 
 
+def worker_loads(worker: Any) -> dict[str, Any]:
+    """Called in a worker process: what it has decided, and the load of each device."""
+    return {} if _balancer is None else _balancer.loads()
+
+
 def tell(engine_core: Any, command: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The last windows of loads, of plans after ``after``."""
+    """The last windows of loads, of plans after ``after``; without it the loads of devices."""
+    if "after" not in command:
+        loads: Mapping[str, Any] = eplb_policy.ask_worker(engine_core, worker_loads)
+        return loads
     ask = functools.partial(worker_windows, int(command["after"]))
     return {"windows": eplb_policy.ask_worker(engine_core, ask)}
 
 
 def endpoints(app: Any) -> None:
-    """Let ``xllm eplb record`` read the loads."""
+    """Let ``xllm eplb record`` and routers read the loads."""
     from xllm_eplb.api import add_endpoints
 
     add_endpoints(app)
@@ -130,7 +147,7 @@ FEATURE = Feature(
     prepare=prepare,
     attach=attach,
     install=install,
-    seams=("eplb_policy",),
+    seams=("eplb_policy", "eplb_phase"),
     metrics=METRICS,
     report=report,
     tell=tell,

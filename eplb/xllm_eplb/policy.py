@@ -108,7 +108,7 @@ class Decision:
         before: max/mean device load to be expected without a change.
         after: and with this placement.
         moves: experts that some device receives.
-        gain_s: what they save of a step.
+        gain_s: what they save of a step, in the mean of all steps.
         cost_s: what they cost once.
         reason: why the whole input was refused; empty if it was not.
     """
@@ -166,7 +166,9 @@ class BalancePolicy:
         self._forecast = Forecast(rules.decay, rules.change_errors)
         self._planned: Floats | None = None  # the load for which each layer was planned last
 
-    def decide(self, load: Floats, steps: int, current: Ints, topology: Topology) -> Decision:
+    def decide(
+        self, load: Floats, steps: int, current: Ints, topology: Topology, share: float = 1.0
+    ) -> Decision:
         """The placement after one more window of statistics.
 
         What cannot be used is refused with a reason, and the current placement stays.
@@ -176,15 +178,18 @@ class BalancePolicy:
             steps: engine steps of the window, at least 1.
             current: the placement now, ``[layers, devices * slots]``; -1 in empty slots.
             topology: of the machine.
+            share: of the engine's steps that are such as the window's, 0 to 1.
         """
         try:
-            return self._decided(load, steps, current, topology)
+            return self._decided(load, steps, current, topology, share)
         except PlacementError as error:
             draft = _Draft(np.ones(len(current)))
             draft.set(np.arange(len(current)), Outcome.REFUSED)
             return draft.decision(current, str(error))
 
-    def _decided(self, load: Floats, steps: int, current: Ints, topology: Topology) -> Decision:
+    def _decided(
+        self, load: Floats, steps: int, current: Ints, topology: Topology, step_share: float
+    ) -> Decision:
         if steps < 1:
             raise PlacementError(f"steps is {steps}; allowed is at least 1.")
         self._forecast.observe(load)
@@ -202,7 +207,7 @@ class BalancePolicy:
         plan = current.copy()
         plan[chosen] = place(share[chosen], current[chosen], topology, aim[chosen])
         check_placement(plan[chosen], share.shape[1], topology)
-        taken = self._taken(draft, chosen, plan, current, topology, tokens, broken)
+        taken = self._taken(draft, chosen, plan, current, topology, tokens, broken, step_share)
         placement = current.copy()
         placement[taken] = plan[taken]
         self._planned[taken] = share[taken]
@@ -245,7 +250,7 @@ class BalancePolicy:
 
     def _taken(
         self, draft: _Draft, chosen: Ints, plan: Ints, current: Ints, topology: Topology,
-        tokens: Floats, broken: Bools,
+        tokens: Floats, broken: Bools, step_share: float,
     ) -> Ints:  # fmt: skip
         """The planned layers that pay, the best by what they save for each move first."""
         rules, costs = self._rules, self._costs
@@ -254,7 +259,7 @@ class BalancePolicy:
         arrives = received(current[chosen], plan[chosen], topology.devices)
         moved = arrives.sum(1)
         real = np.maximum(draft.before - draft.feigned, 1.0)[chosen]
-        gain = self._saved(np.maximum(real, after), after, tokens[chosen])
+        gain = step_share * self._saved(np.maximum(real, after), after, tokens[chosen])
         cost = costs.stall_s + costs.exposed * costs.move_s * arrives.max(1)
         pays = gain * rules.horizon_steps > rules.cost_factor * cost
         enough = draft.before[chosen] - after >= rules.least_gain

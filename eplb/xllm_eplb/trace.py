@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from xllm_eplb.errors import PlacementError
+from xllm_eplb.phases import Phase, Prefill
 from xllm_eplb.placement import Topology
 from xllm_eplb.policy import Costs
 from xllm_eplb.search import Floats, Ints
@@ -48,6 +49,20 @@ class Machine:
         )
 
 
+class Part(NamedTuple):
+    """The steps of a window that are of one phase.
+
+    Attributes:
+        load: tokens of each expert, ``[layers, experts]``.
+        steps: their number, at least 1.
+        share: of the window's steps.
+    """
+
+    load: Floats
+    steps: int
+    share: float
+
+
 @dataclass(frozen=True)
 class Window:
     """One window, as it was planned from.
@@ -58,6 +73,7 @@ class Window:
         topology: of it.
         load: tokens of each expert, ``[layers, experts]``.
         placement: in which they were counted, ``[layers, devices * slots]``.
+        prefill: what of it prefill steps had; None where that is not known.
     """
 
     plan: int
@@ -65,16 +81,31 @@ class Window:
     topology: Topology
     load: Floats
     placement: Ints
+    prefill: Prefill | None = None
+
+    def of(self, phase: Phase) -> Part:
+        """One phase; all steps where phases are not known."""
+        if phase is Phase.ALL or self.prefill is None:
+            return Part(self.load, self.machine.steps, 1.0)
+        load, share = self.prefill.load, self.prefill.share
+        if phase is Phase.DECODE:
+            load, share = self.load - load, 1.0 - share
+        return Part(load, max(1, round(self.machine.steps * share)), share)
 
     def plain(self) -> dict[str, Any]:
         """In plain JSON types."""
-        return {
+        made = {
             "plan": self.plan,
             "machine": asdict(self.machine),
             "topology": asdict(self.topology),
-            "load": np.rint(self.load).astype(int).tolist(),
+            "load": _counts(self.load),
             "placement": self.placement.tolist(),
         }
+        if self.prefill is not None:
+            made["prefill"] = {
+                "load": _counts(self.prefill.load), "share": round(self.prefill.share, 6),
+            }  # fmt: skip
+        return made
 
 
 def window_of(plain: Mapping[str, Any]) -> Window:
@@ -84,12 +115,14 @@ def window_of(plain: Mapping[str, Any]) -> Window:
         PlacementError: something is missing, or of another shape.
     """
     try:
+        prefill = plain.get("prefill")
         window = Window(
             int(plain["plan"]),
             Machine(**plain["machine"]),
             Topology(**plain["topology"]),
             np.array(plain["load"], float),
             np.array(plain["placement"], np.int64),
+            prefill and Prefill(np.array(prefill["load"], float), float(prefill["share"])),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise PlacementError(f"A line is no window of expert loads: {error!r}.") from error
@@ -103,6 +136,11 @@ def window_of(plain: Mapping[str, Any]) -> Window:
             f"[layers, {window.topology.physical}]."
         )
     return window
+
+
+def _counts(load: Floats) -> list[list[int]]:
+    counts: list[list[int]] = np.rint(load).astype(int).tolist()
+    return counts
 
 
 def read_trace(path: Path) -> list[Window]:

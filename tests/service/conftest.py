@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
 import uvicorn
 from aiohttp import web
 
 from benchmarks.lab.stub_engine import StubEngine
+from xllm_eplb.balancer import Balancer
+from xllm_eplb.policy import Rules
+from xllm_eplb.trace import Machine
 from xllm_scheduler.config import SchedulerSection
 from xllm_scheduler.service.app import build
 from xllm_scheduler.service.config import RouterSection
@@ -83,6 +87,14 @@ class Router:
         """Wait for instances."""
         while len((await self.status())["instances"]) < count:
             await asyncio.sleep(0.02)
+
+
+def told_loads() -> dict[str, Any]:
+    """What a balancer tells after a plan: two layers with load, one without, on four devices."""
+    balancer = Balancer(Rules(), Machine(100, 40e6, 40e6, 400e12, 3e12, 40e9, 1.0))
+    load = 1e5 * np.array([[100, 90, 50, 40, 20, 20, 40, 40]] * 2 + [[0] * 8], float)
+    balancer.rebalance(load, 8, 1, 1, 4, np.tile(np.arange(8), (3, 1)))
+    return balancer.loads()
 
 
 Stubs = Callable[..., Any]

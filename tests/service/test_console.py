@@ -8,9 +8,10 @@ from typing import Any
 
 from selenium import webdriver
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 from tests.browser import browser, logged, needs_browser
-from tests.service.conftest import MODEL
+from tests.service.conftest import MODEL, TOKEN, told_loads
 
 pytestmark = needs_browser
 __all__ = ["browser"]  # a fixture
@@ -20,6 +21,11 @@ _SHOWN_S = 15.0
 def shown(browser: webdriver.Chrome, url: str, *wanted: str) -> str:
     """The page's text as soon as all that is wanted stands in it."""
     browser.get(url)
+    return text_with(browser, *wanted)
+
+
+def text_with(browser: webdriver.Chrome, *wanted: str) -> str:
+    """The same without loading it anew."""
     until_s = time.monotonic() + _SHOWN_S
     while True:
         text = browser.find_element(By.TAG_NAME, "body").text
@@ -47,3 +53,51 @@ async def test_instances_answers_and_changes_are_seen(
     assert browser.find_elements(By.CSS_SELECTOR, "#roles rect.prefill")
     errors = [one for one in logged(browser, "browser") if one["level"] == "SEVERE"]
     assert [one for one in errors if "favicon" not in one["message"]] == []
+
+
+async def test_loads_of_devices_are_seen_with_the_admin_token(
+    browser: webdriver.Chrome, stub: Any, router: Any
+) -> None:
+    balanced, plain = await stub(), await stub()
+    balanced.engine.eplb = told_loads()
+    url = await router(balanced, plain)
+    await asyncio.to_thread(shown, browser, url.url, "routing round_robin")
+    assert browser.find_elements(By.CSS_SELECTOR, "#experts svg") == []
+    field = browser.find_element(By.CSS_SELECTOR, "#token")
+
+    def text_after(token: str, *wanted: str) -> str:
+        field.clear()
+        field.send_keys(token, Keys.ENTER)
+        return text_with(browser, *wanted)
+
+    assert "token is missing or wrong" in await asyncio.to_thread(text_after, "x", "wrong")
+    name = balanced.url.removeprefix("http://")
+    text = await asyncio.to_thread(text_after, TOKEN, "experts moved")
+    moved = sum(balanced.engine.eplb["last_moves"])
+    for part in (name, "plan 1", f"{moved} experts moved", "layers: moved 2, no_load 1"):
+        assert part in text
+    assert f"{plain.url.removeprefix('http://')}: plan" not in text
+    hot = cells_of(browser)
+    assert len(hot) == 3 * 4
+    assert hot["layer 0, device 0: 1.90 of the mean"] == "rgb(255,26,26)"
+    assert hot["layer 0, device 2: 0.40 of the mean"] == "rgb(102,102,255)"
+    assert hot["layer 2, device 3: 0.00 of the mean"] == "rgb(0,0,255)"
+    layer = browser.find_elements(By.CSS_SELECTOR, "#experts rect.layer title")[0]
+    said = str(layer.get_attribute("textContent"))
+    told = balanced.engine.eplb
+    assert said == (
+        f"layer 0: max/mean 1.900 in the last window, {told['imbalance'][0]:.3f} expected; "
+        f"moved, {told['last_moves'][0]} experts"
+    )
+    errors = [one["message"] for one in logged(browser, "browser") if one["level"] == "SEVERE"]
+    ours = [one for one in errors if url.url in one]
+    assert [one for one in ours if "favicon" not in one and "401" not in one] == []
+
+
+def cells_of(browser: webdriver.Chrome) -> dict[str, str]:
+    """The colour of each cell of the heat map, by what hovering over it says."""
+    script = (
+        "return [...document.querySelectorAll('#experts rect.cell')]"
+        ".map(one => [one.textContent, one.getAttribute('fill')])"
+    )
+    return dict(browser.execute_script(script))  # type: ignore[no-untyped-call]

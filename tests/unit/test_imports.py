@@ -30,6 +30,7 @@ print(*sorted(found & {"torch", "vllm"}))
         "xllm_kv.tiers.block_file",
         "xllm_plugins.activation",
         "xllm_plugins.cli",
+        "xllm_plugins.compat.eplb_phase",
         "xllm_plugins.compat.scheduler_levers",
         "xllm_plugins.hookspecs",
         "xllm_plugins.latency",

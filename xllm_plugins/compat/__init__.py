@@ -23,6 +23,7 @@ SEAMS = (
     "engine_config",
     "engine_status",
     "eplb_cpu",
+    "eplb_phase",
     "eplb_policy",
     "kv_both",
     "kv_connector",

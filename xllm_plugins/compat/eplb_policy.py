@@ -50,9 +50,11 @@ Make = Callable[[Any, Experts], Rebalance | None]
 """Given vLLM's configuration and the experts' size, the planner; None to leave vLLM's."""
 
 
-def install(make: Make, stalled: Callable[[float], None]) -> None:
+def install(make: Make, stalled: Callable[[float], None], begins: Callable[[Any], None]) -> None:
     """Have ``make`` asked for a planner whenever vLLM's EPLB takes a model.
 
+    ``begins`` is told, on every rank, the ``EplbState`` that will plan from the window it has, or
+    None if it plans from something else.
     ``stalled`` is told for how many seconds an engine stood still to rearrange; where vLLM moves
     experts asynchronously, to begin with it.
     """
@@ -70,6 +72,7 @@ def install(make: Make, stalled: Callable[[float], None]) -> None:
         @functools.wraps(original)
         def rearrange(self: Any, is_profile: bool = False, *args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
+            begins(None if is_profile or args or kwargs else self)
             found = original(self, is_profile, *args, **kwargs)
             if not is_profile:
                 stalled(time.perf_counter() - started)

@@ -200,6 +200,10 @@ def _add_admin(app: FastAPI, service: Service) -> None:
             "ranks": dict(found.ranks),
         }
 
+    @app.get("/xllm/v1/eplb", dependencies=only)
+    async def experts() -> dict[str, Any]:
+        return await service.experts.look()
+
     changes = json_body({name: {"type": ["string", "number"]} for name in CHANGEABLE})
 
     @app.put("/xllm/v1/settings", dependencies=only, openapi_extra=changes)

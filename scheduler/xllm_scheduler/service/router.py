@@ -20,6 +20,7 @@ from xllm_scheduler.service.batch import Batches
 from xllm_scheduler.service.batch_store import BatchStore
 from xllm_scheduler.service.config import RouterSection, roles_of, routing_of
 from xllm_scheduler.service.etcd import Etcd
+from xllm_scheduler.service.experts import ExpertLoads
 from xllm_scheduler.service.fleet import Fleet
 from xllm_scheduler.service.gateway import Gateway
 from xllm_scheduler.service.kv_feed import KvFeed
@@ -85,6 +86,7 @@ class Service:
         )
         self.turner = Turner(self.fleet, self.session, self.section.admin_token)
         self.feed = KvFeed(self.fleet, time.monotonic)
+        self.experts = ExpertLoads(self.fleet, self.session, time.monotonic)
         watch = Watch(
             self.fleet,
             self.session,

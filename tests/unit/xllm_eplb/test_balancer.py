@@ -8,6 +8,7 @@ import pytest
 from tests.unit.xllm_eplb.loads import initial, skewed
 from xllm_eplb.balancer import METRICS, Balancer, report_of
 from xllm_eplb.config import EplbSection
+from xllm_eplb.phases import Prefill
 from xllm_eplb.placement import Topology, check_placement, imbalance, moves
 from xllm_eplb.policy import Rules
 from xllm_eplb.search import Floats
@@ -33,6 +34,7 @@ def counts(seed: int = 0) -> Floats:
 
 def test_a_skewed_load_is_balanced_and_counted() -> None:
     balancer = Balancer(Rules(), MACHINE)
+    balancer.counted([Prefill(counts() / 2, 0.5)])
     found = balancer.rebalance(counts(), SLOTS, 1, 1, DEVICES, FIRST)
     assert found is not None
     assert (imbalance(counts(), found, DEVICES) < 1.05).all()

@@ -47,6 +47,16 @@ def test_a_skewed_load_is_balanced_at_once_and_then_left_alone() -> None:
     assert set(made[-1].outcomes) <= {Outcome.BALANCED, Outcome.NOISE}
 
 
+def test_what_helps_few_of_the_steps_has_to_pay_in_those() -> None:
+    load = window(skewed(LAYERS, EXPERTS))
+    made = [
+        BalancePolicy(Rules(), COSTS).decide(load, STEPS, FIRST, TOPOLOGY, share)
+        for share in (1.0, 0.5, 1e-4)
+    ]
+    assert made[1].gain_s == pytest.approx(made[0].gain_s / 2)
+    assert set(made[2].outcomes) == {Outcome.COST}
+
+
 def test_a_decision_counts_what_it_does() -> None:
     load = window(skewed(LAYERS, EXPERTS))
     made = BalancePolicy(Rules(), COSTS).decide(load, STEPS, FIRST, TOPOLOGY)

@@ -115,8 +115,9 @@ def test_the_command_compares_rules(
 @pytest.mark.parametrize(
     ("variant", "sentence"),
     [
-        ("wanted=much", "--ours has 'wanted=much'; allowed is KEY=NUMBER, separated by commas."),
-        ("wanted=0.5", "eplb.wanted"),
+        ("wanted=much", "eplb.wanted from --ours is 'much'; allowed is a number at least 1."),
+        ("wanted=0.5", "eplb.wanted from --ours is 0.5"),
+        ("phase=later", "eplb.phase from --ours is 'later'; allowed is all, decode, prefill."),
     ],
 )
 def test_a_wrong_setting_is_one_line(
