@@ -24,6 +24,7 @@ SEAMS = (
     "eplb_cpu",
     "eplb_policy",
     "kv_connector",
+    "kv_events",
     "kv_tiers",
     "request_class",
     "scheduler_levers",

@@ -22,6 +22,7 @@ from xllm_scheduler.service.etcd import Etcd
 from xllm_scheduler.service.fleet import Fleet
 from xllm_scheduler.service.gateway import Gateway
 from xllm_scheduler.service.kv_feed import KvFeed
+from xllm_scheduler.service.kv_snapshot import snapshot_of
 from xllm_scheduler.service.probes import Watch, asked
 from xllm_scheduler.service.registry import Patience, Record
 from xllm_scheduler.service.routing import InstanceView, Role, RoutingPolicy
@@ -79,7 +80,8 @@ class Service:
         self.turner = Turner(
             self.fleet, self.session, self.section.admin_token, self.section.instance_key
         )
-        self.feed = KvFeed(self.fleet, time.monotonic)
+        ask = functools.partial(snapshot_of, self.session, self.section.admin_token)
+        self.feed = KvFeed(self.fleet, time.monotonic, ask)
         watch = Watch(
             self.fleet,
             self.session,
