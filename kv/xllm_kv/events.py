@@ -190,6 +190,18 @@ class Sequencer:
         self._next += lost
         return Ready(self._in_order(), restart=lost > 0)
 
+    def resumed(self, number: int) -> Ready:
+        """All that was published before a batch is known from elsewhere.
+
+        Args:
+            number: of that batch; one that has been received already says that the publisher began
+                anew. Live batches before it may still come, and are left alone.
+        """
+        self._next, self._asked = number, False
+        self._last_live = min(self._last_live, number - 1)
+        self._kept = {n: batch for n, batch in self._kept.items() if n >= number}
+        return Ready(self._in_order())
+
     def _in_order(self) -> tuple[Batch, ...]:
         batches = []
         while self._next in self._kept:

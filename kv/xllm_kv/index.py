@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from xllm_kv.keys import Key, chain, extras_of, normalised, root
+from xllm_kv.keys import KEY_BYTES, Key, chain, extras_of, normalised, root
+from xllm_kv.snapshot import Held
 
 
 class Tier(IntEnum):
@@ -212,6 +213,24 @@ class KvIndex:
             elif kind == "AllBlocksCleared":
                 self.clear(instance, Tier.DEVICE)
         return whole
+
+    def held(self, instance: str) -> list[Held]:
+        """All that an instance holds, for :meth:`load` elsewhere."""
+        return [
+            Held(group, int(tier), list(keys), b"".join(keys.values()))
+            for (group, tier), keys in self._holders[instance].keys.items()
+        ]
+
+    def load(self, instance: str, held: Held) -> None:
+        """Add blocks that an instance holds by its own account."""
+        holder, tier = self._holders[instance], Tier(held.tier)
+        if held.group not in holder.groups:
+            return
+        keys = holder.keys.setdefault((held.group, tier), {})
+        for place, name in enumerate(held.names):
+            key = held.keys[place * KEY_BYTES : (place + 1) * KEY_BYTES]
+            self._hold(holder, held.group, tier, name, key)
+        self._shrink(holder, tier, keys)
 
     def note(self, instance: str, prompt: Prompt) -> None:
         """Take a prompt to be on an instance's device, whose events do not tell.

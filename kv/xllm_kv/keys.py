@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
-_SIZE = 16  # bytes of a key
+KEY_BYTES = 16
 Key = bytes
 Extra = object
 """What one block's KV depends on beside its tokens, as vLLM's events give it; None for nothing."""
@@ -20,7 +20,7 @@ Extra = object
 
 def root(model: str, block_tokens: int) -> Key:
     """What the chain of a prompt's keys begins with."""
-    return blake2b(f"{block_tokens}:{model}".encode(), digest_size=_SIZE).digest()
+    return blake2b(f"{block_tokens}:{model}".encode(), digest_size=KEY_BYTES).digest()
 
 
 def chain(
@@ -44,7 +44,7 @@ def chain(
     size = block_tokens * array("I").itemsize
     keys = []
     for index in range(len(tokens) // block_tokens):
-        made = blake2b(parent, digest_size=_SIZE)
+        made = blake2b(parent, digest_size=KEY_BYTES)
         made.update(data[index * size : (index + 1) * size])
         if extras is not None and extras[index]:
             made.update(repr(extras[index]).encode())

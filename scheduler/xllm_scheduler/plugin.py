@@ -8,7 +8,7 @@ import multiprocessing
 from collections.abc import Mapping
 from typing import Any
 
-from xllm_plugins.compat import request_class
+from xllm_plugins.compat import kv_events, request_class
 from xllm_plugins.compat.scheduler_levers import Lever, effective_levers
 from xllm_plugins.config import Mode
 from xllm_plugins.errors import NotAvailableError
@@ -86,10 +86,24 @@ def report(engine_core: Any) -> Report:
 
 
 def tell(engine_core: Any, command: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Take a role."""
-    from xllm_scheduler.engine.load import take_role
+    """Take a role, or say which KV is held."""
+    from xllm_scheduler.engine.load import snapshot_of, take_role
 
+    if "snapshot_of" in command:
+        return snapshot_of(engine_core.scheduler, command["snapshot_of"])
     return take_role(engine_core.scheduler, command)
+
+
+def install() -> None:
+    """In every process: follow what a scheduler publishes of its KV, once there is one."""
+    kv_events.install(followed)
+
+
+def followed(scheduler: Any) -> Any:
+    """What a scheduler shall publish its KV events by."""
+    from xllm_scheduler.engine.load import followed
+
+    return followed(scheduler)
 
 
 def endpoints(app: Any) -> None:
@@ -110,7 +124,8 @@ SERVICE = Feature(
     section=ServiceSection,
     attach=member.attach,
     check=member.check,
-    seams=("engine_status",),
+    install=install,
+    seams=("engine_status", "kv_events"),
     report=report,
     tell=tell,
     endpoints=endpoints,

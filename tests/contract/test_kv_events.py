@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -12,6 +14,9 @@ from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch, 
 
 from benchmarks.lab.server import free_port
 from xllm_kv.index import Prompt
+from xllm_kv.ledger import Ledger
+from xllm_kv.snapshot import Snapshot
+from xllm_scheduler.service import kv_feed
 from xllm_scheduler.service.fleet import Fleet
 from xllm_scheduler.service.kv_feed import KvFeed
 from xllm_scheduler.service.registry import Record
@@ -19,6 +24,18 @@ from xllm_scheduler.service.staged import round_robin
 
 SIZE = 4
 TOKENS = list(range(16))
+
+
+class Lossy(ZmqEventPublisher):  # type: ignore[misc]
+    """Loses batches while it is told to: their numbers are used up, and nobody gets them."""
+
+    loses = False
+
+    def publish(self, events: KVEventBatch) -> None:
+        if self.loses:
+            next(self._seq_gen)
+        else:
+            super().publish(events)
 
 
 class Engine:
@@ -29,9 +46,10 @@ class Engine:
             "a", "http://a", ("m",), block_tokens=SIZE,
             kv_events=(f"tcp://127.0.0.1:{port}",), kv_replay=(f"tcp://127.0.0.1:{replay_port}",),
         )  # fmt: skip
-        self._publisher = ZmqEventPublisher(
+        self.lossy = Lossy(
             0, f"tcp://*:{port}", f"tcp://*:{replay_port}", buffer_steps=buffer_steps
         )
+        self._publisher = Ledger(self.lossy, "m", SIZE, (0,))
 
     def stores(self, blocks: int, start: int = 0) -> None:
         """Publish blocks ``start`` to ``blocks`` of the prompt, in a batch."""
@@ -47,6 +65,11 @@ class Engine:
     def removes(self, block: int) -> None:
         event = BlockRemoved(block_hashes=[block], medium="GPU", group_idx=0)
         self._publisher.publish(KVEventBatch(ts=time.time(), events=[event]))
+
+    def snapshot(self) -> Snapshot:
+        taken = self._publisher.snapshot()
+        assert taken is not None
+        return Snapshot.read(taken)
 
     def ends(self) -> None:
         self._publisher.shutdown()
@@ -66,10 +89,32 @@ async def engines() -> AsyncIterator[Callable[..., Engine]]:
         engine.ends()
 
 
+@dataclass
+class Asked:
+    """Answers who asks for snapshots, with what ``engine`` holds once ``passes`` is set."""
+
+    engine: Engine | None = None
+    passes: asyncio.Event = field(default_factory=asyncio.Event)
+    times: int = 0
+
+    async def __call__(self, record: Record, rank: int) -> Snapshot | None:
+        self.times += 1
+        taken = self.engine.snapshot() if self.engine is not None else None
+        await self.passes.wait()
+        return taken
+
+
 @pytest.fixture
-async def feed() -> AsyncIterator[tuple[Fleet, KvFeed]]:
+def asked() -> Asked:
+    made = Asked()
+    made.passes.set()
+    return made
+
+
+@pytest.fixture
+async def feed(asked: Asked) -> AsyncIterator[tuple[Fleet, KvFeed]]:
     fleet = Fleet(round_robin())
-    made = KvFeed(fleet, time.monotonic)
+    made = KvFeed(fleet, time.monotonic, asked)
     yield fleet, made
     await made.close()
 
@@ -147,3 +192,92 @@ async def test_an_engine_that_starts_anew_begins_empty(
     await asyncio.sleep(1.0)  # the socket connects again by itself
     again.stores(1)
     await until(fleet, 4)
+
+
+async def test_who_joins_late_is_told_by_a_snapshot_what_the_publisher_no_longer_has(
+    engines: Any, feed: tuple[Fleet, KvFeed], asked: Asked
+) -> None:
+    fleet, follows = feed
+    asked.engine = engine = engines(buffer_steps=1)
+    for block in range(3):
+        engine.stores(block + 1, start=block)
+    fleet.join(engine.record, 0.0)
+    follows.follow(engine.record)
+    await until(fleet, 12)
+    await asyncio.sleep(0.5)  # for its socket to be connected
+    engine.stores(4, start=3)  # whose parent is known from the snapshot alone
+    await until(fleet, 16)
+    assert fleet.index.counts.unknown_parents == 0
+    assert asked.times == 1
+
+
+async def test_events_while_a_snapshot_is_taken_are_neither_missed_nor_applied_twice(
+    engines: Any, feed: tuple[Fleet, KvFeed], asked: Asked
+) -> None:
+    fleet, follows = feed
+    asked.engine = engine = engines()
+    engine.stores(2)
+    asked.passes.clear()
+    fleet.join(engine.record, 0.0)
+    follows.follow(engine.record)
+    await asyncio.sleep(0.5)
+    assert held(fleet) == 0
+    engine.removes(1)  # which the snapshot still has
+    engine.stores(3)
+    engine.stores(4, start=3)
+    asked.passes.set()
+    await until(fleet, 16)
+    assert fleet.index.counts.removed == 1
+    assert fleet.index.counts.unknown_removals == 0
+    assert len(fleet.index) == 4
+
+
+async def test_what_is_lost_under_way_is_made_good_by_a_snapshot(
+    engines: Any, feed: tuple[Fleet, KvFeed], asked: Asked
+) -> None:
+    fleet, follows = feed
+    asked.engine = engine = engines(buffer_steps=1)
+    fleet.join(engine.record, 0.0)
+    follows.follow(engine.record)
+    await asyncio.sleep(0.5)
+    engine.stores(1)
+    await until(fleet, 4)
+    engine.lossy.loses = True
+    engine.stores(3, start=1)
+    engine.lossy.loses = False
+    engine.stores(4, start=3)
+    await until(fleet, 16)
+    assert asked.times == 2
+
+
+async def test_unknown_parents_are_asked_for_and_not_guessed(
+    engines: Any, feed: tuple[Fleet, KvFeed], asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_feed, "_AGAIN_S", 0.0)
+    fleet, follows = feed
+    engine = engines(buffer_steps=1)
+    for block in range(3):
+        engine.stores(block + 1, start=block)
+    await asyncio.sleep(0.5)
+    fleet.join(engine.record, 0.0)
+    follows.follow(engine.record)  # of an instance that gives no snapshot yet
+    await asyncio.sleep(0.5)
+    assert held(fleet) == 0
+    asked.engine = engine
+    engine.stores(4, start=3)
+    await until(fleet, 16)
+
+
+async def test_a_snapshot_of_other_kv_is_not_used(
+    engines: Any, feed: tuple[Fleet, KvFeed], asked: Asked
+) -> None:
+    fleet, follows = feed
+    asked.engine = engine = engines()
+    engine.stores(4)
+    record = dataclasses.replace(engine.record, models=("another",))
+    fleet.join(record, 0.0)
+    follows.follow(record)
+    await asyncio.sleep(0.5)
+    assert asked.times == 1
+    assert held(fleet) == 0
+    assert fleet.index.match(Prompt("another", TOKENS))["a#0"].total == 16  # from its events

@@ -23,6 +23,7 @@ print(*sorted(found & {"torch", "vllm"}))
         "xllm_eplb.policy",
         "xllm_kv.events",
         "xllm_kv.index",
+        "xllm_kv.ledger",
         "xllm_kv.plugin",
         "xllm_kv.prices",
         "xllm_kv.report",

@@ -27,6 +27,7 @@ SEAMS = (
     "eplb_policy",
     "kv_both",
     "kv_connector",
+    "kv_events",
     "kv_tiers",
     "request_class",
     "scheduler_levers",

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from xllm_kv.index import KvIndex, Match, Prompt, Tier
 from xllm_kv.prices import Line
+from xllm_kv.snapshot import Held
 from xllm_plugins.latency import StepTime
 from xllm_scheduler.service.breaker import Breaker
 from xllm_scheduler.service.forecast import step_ms
@@ -257,6 +258,10 @@ class Fleet:
     def kv_restarted(self, name: str, rank: int) -> None:
         """What is known of the KV of an instance's rank no longer holds."""
         self.index.clear(index_name(name, rank))
+
+    def kv_held(self, name: str, rank: int, held: Held) -> None:
+        """An instance's rank says that it holds these blocks."""
+        self.index.load(index_name(name, rank), held)
 
     # Requests
 

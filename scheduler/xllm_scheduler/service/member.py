@@ -28,7 +28,7 @@ from xllm_scheduler.service.waiting import kept_up
 if TYPE_CHECKING:
     from xllm_scheduler.service.etcd import Etcd
 
-ROLE_PATH = "/xllm/v1/role"
+ROLE_PATH, KV_PATH = "/xllm/v1/role", "/xllm/v1/kv"
 _PORT_ENV = "_XLLM_KV_EVENTS_PORT"  # one choice for all processes of an instance
 # The engine takes its ports only after it has loaded the model. Until then one of those that
 # systems give to outgoing connections would often be gone.

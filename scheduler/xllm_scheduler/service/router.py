@@ -24,6 +24,7 @@ from xllm_scheduler.service.experts import ExpertLoads
 from xllm_scheduler.service.fleet import Fleet
 from xllm_scheduler.service.gateway import Gateway
 from xllm_scheduler.service.kv_feed import KvFeed
+from xllm_scheduler.service.kv_snapshot import snapshot_of
 from xllm_scheduler.service.probes import Watch, asked
 from xllm_scheduler.service.registry import Patience, Record
 from xllm_scheduler.service.routing import InstanceView, Role, RoutingPolicy
@@ -85,7 +86,8 @@ class Service:
             self.fleet, self.section, self._classes, self.tokens, self.seen, self.upstream
         )
         self.turner = Turner(self.fleet, self.session, self.section.admin_token)
-        self.feed = KvFeed(self.fleet, time.monotonic)
+        ask = functools.partial(snapshot_of, self.session, self.section.admin_token)
+        self.feed = KvFeed(self.fleet, time.monotonic, ask)
         self.experts = ExpertLoads(self.fleet, self.session, time.monotonic)
         watch = Watch(
             self.fleet,
