@@ -66,18 +66,15 @@ def attach(attachment: Attachment) -> str:
 
 
 def _check_levers(base: type, vllm_config: Any) -> None:
-    missing = _LEVERS - possible_levers(base)
-    if missing:
-        names = ", ".join(sorted(lever.value for lever in missing))
-        raise NotAvailableError(f"{base.__qualname__}.schedule() does not read {names}")
-    if _LEVERS <= effective_levers(base):
-        return
-    missing = _LEVERS - dry_schedule.obeyed_levers(base, vllm_config)
-    if missing:
-        names = ", ".join(sorted(lever.value for lever in missing))
-        raise NotAvailableError(
-            f"{base.__qualname__}.schedule() as configured does not obey {names} in a dry schedule"
+    missing, verb = _LEVERS - possible_levers(base), "read"
+    if not missing and _LEVERS - effective_levers(base):
+        missing, verb = (
+            _LEVERS - dry_schedule.obeyed_levers(base, vllm_config),
+            "as configured obey",
         )
+    if missing:
+        names = ", ".join(sorted(lever.value for lever in missing))
+        raise NotAvailableError(f"{base.__qualname__}.schedule() does not {verb} {names}")
 
 
 FEATURE = Feature(

@@ -1,8 +1,9 @@
 """The only code that touches vLLM's or vllm-ascend's internals: one file per seam.
 
 Each seam module carries three constants: ``WHY`` it is needed, the versions it ``HOLDS_FOR``
-(a version specifier), and ``SEAM``, the upstream objects and parameters that it relies on.
-:func:`inspect_seam` holds them against the vLLM that is installed.
+(a version specifier), and ``SEAM``, the upstream objects and parameters that it relies on. One in
+vllm-ascend has ``UPSTREAM`` besides.
+:func:`inspect_seam` holds them against what is installed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from typing import Any
 from xllm_plugins.errors import CompatError
 
 SEAMS = (
+    "ascend_eplb",
+    "ascend_proposer",
     "cli_option",
+    "dry_schedule",
     "engine_config",
     "engine_status",
     "eplb_cpu",
@@ -31,6 +35,7 @@ SEAMS = (
     "spec_sampling",
     "target_platform",
 )
+VLLM, ASCEND = "vLLM", "vllm-ascend"
 _MARK = "__xllm_seam__"
 
 
@@ -41,7 +46,7 @@ class Target:
     Attributes:
         path: ``module:qualified.name``.
         parameters: the names that its signature must have, in this order, others aside.
-        versions: the vLLM versions in which it must be there; all, when empty.
+        versions: of the upstream, in which it must be there; all, when empty.
     """
 
     path: str
@@ -51,7 +56,7 @@ class Target:
 
 @dataclass(frozen=True)
 class SeamReport:
-    """Whether one seam holds on the installed vLLM, and if not, why not."""
+    """Whether one seam holds on what is installed, and if not, why not."""
 
     seam: str
     holds: bool
@@ -85,22 +90,36 @@ def load_seam(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+def seams_here() -> list[str]:
+    """The seams in vLLM, and those in vllm-ascend where that is installed."""
+    absent = set() if distribution_version(ASCEND) else {ASCEND}
+    return [name for name in SEAMS if upstream_of(name) not in absent]
+
+
+def upstream_of(name: str) -> str:
+    """What a seam is in: vLLM or vllm-ascend."""
+    return str(getattr(load_seam(name), "UPSTREAM", VLLM))
+
+
 def inspect_seam(name: str) -> SeamReport:
-    """Hold one seam against the installed vLLM; imports the upstream modules that it names."""
+    """Hold one seam against what is installed; imports the upstream modules that it names."""
     from packaging.specifiers import SpecifierSet  # late: a dormant start-up does not pay for it
 
-    module, version = load_seam(name), vllm_version()
+    module, upstream = load_seam(name), upstream_of(name)
+    version = vllm_version() if upstream == VLLM else distribution_version(upstream)
     if version is None:
-        return SeamReport(name, False, "vLLM is not installed")
+        return SeamReport(name, False, f"{upstream} is not installed")
     if not SpecifierSet(module.HOLDS_FOR).contains(version, prereleases=True):
-        return SeamReport(name, False, f"holds for vLLM {module.HOLDS_FOR}, here is {version}")
+        return SeamReport(
+            name, False, f"holds for {upstream} {module.HOLDS_FOR}, here is {version}"
+        )
     for target in module.SEAM:
         if target.versions and not SpecifierSet(target.versions).contains(version, True):
             continue
         problem = _problem(target)
         if problem:
             return SeamReport(name, False, problem)
-    return SeamReport(name, True, f"vLLM {version}")
+    return SeamReport(name, True, f"{upstream} {version}")
 
 
 def resolve_target(path: str) -> Any:

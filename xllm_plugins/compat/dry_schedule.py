@@ -73,6 +73,8 @@ def _scheduler(base: type, vllm_config: Any) -> Any:
     config.parallel_config = copy.copy(config.parallel_config)
     config.parallel_config.decode_context_parallel_size = 1
     config.parallel_config.prefill_context_parallel_size = 1
+    config.scheduler_config = copy.copy(config.scheduler_config)
+    config.scheduler_config.disable_hybrid_kv_cache_manager = True  # there is one kind of layers
     config.kv_events_config = config.ec_transfer_config = config.speculative_config = None
     if config.kv_transfer_config is not None:
         # The role stays, which schedulers look at; the connector would open ports.
