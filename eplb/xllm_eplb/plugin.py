@@ -8,17 +8,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from xllm_eplb import command
+from xllm_eplb.ascend import replan
 from xllm_eplb.balancer import METRICS, Balancer, report_of
 from xllm_eplb.config import EplbSection
 from xllm_eplb.phases import Prefill, is_prefill
 from xllm_eplb.trace import Machine
-from xllm_plugins.compat import eplb_cpu, eplb_phase, eplb_policy, inspect_seam
+from xllm_plugins.compat import ascend_eplb, eplb_cpu, eplb_phase, eplb_policy, inspect_seam
+from xllm_plugins.config import Mode
 from xllm_plugins.errors import NotAvailableError
 from xllm_plugins.features import Attachment, Feature
 from xllm_plugins.hookspecs import hookimpl
 from xllm_plugins.status import Report, now_and_then
 
 _balancer: Balancer | None = None  # of this worker process
+_STAGED = 3  # vllm-ascend's policy that is handed loads by stages
 
 
 def prepare(engine_args: Any, section: EplbSection) -> Mapping[str, Any]:
@@ -33,6 +36,8 @@ def prepare(engine_args: Any, section: EplbSection) -> Mapping[str, Any]:
 
 def attach(attachment: Attachment) -> str:
     """Take part where vLLM's EPLB is on; workers replace its policy when they load the model."""
+    if ascend_eplb.settings() is not None:
+        return _attach_to_ascend(attachment)
     parallel = attachment.vllm_config.parallel_config
     if not parallel.enable_eplb:
         raise NotAvailableError("--enable-eplb is not given")
@@ -42,10 +47,29 @@ def attach(attachment: Attachment) -> str:
     return "vllm.distributed.eplb.EplbState"
 
 
+def _attach_to_ascend(attachment: Attachment) -> str:
+    settings: Any = ascend_eplb.settings()
+    if not settings.eplb_config.dynamic_eplb:
+        raise NotAvailableError("eplb_config.dynamic_eplb in --additional-config is not true")
+    found = inspect_seam("ascend_eplb")
+    if not found.holds:
+        raise NotAvailableError(f"seam ascend_eplb does not hold: {found.reason}")
+    if settings.mix_placement:
+        raise NotAvailableError("with mix_placement shared experts would be moved as well")
+    policy = settings.eplb_config.eplb_policy_type
+    if policy == _STAGED:
+        raise NotAvailableError(f"eplb_policy_type {policy} is kept; it counts loads by stages")
+    given = attachment.vllm_config.additional_config["eplb_config"]
+    if "eplb_policy_type" in given and attachment.section.mode is not Mode.ON:
+        raise NotAvailableError(f"eplb_policy_type {policy} is kept; eplb.mode=on takes its place")
+    return "vllm_ascend.eplb.core.policy.policy_factory.PolicyFactory"
+
+
 def install() -> None:
-    """In every process: replace the policy of vLLM's EPLB once it takes a model."""
+    """In every process: replace the policy of an EPLB once it takes a model."""
     eplb_policy.install(planner, stalled, begins)
     eplb_phase.install(is_prefill)
+    ascend_eplb.install(ascend_planner)
     eplb_cpu.install(on_cpu)
 
 
@@ -75,20 +99,43 @@ def planner(vllm_config: Any, experts: eplb_policy.Experts) -> eplb_policy.Rebal
     if section is None:
         return None
     config = vllm_config.parallel_config.eplb_config
-    machine = Machine(
-        steps=min(config.window_size, config.step_interval),
+    steps = min(config.window_size, config.step_interval)
+    if _balancer is None:  # a draft model's experts are planned beside the model's
+        machine = _machine(section, experts, steps, config.use_async)
+        speaks = _is_first(vllm_config)
+        _balancer = Balancer(section.rules(), machine, section.phase, speaks=speaks)
+    return _balancer.rebalance
+
+
+def ascend_planner(vllm_config: Any) -> ascend_eplb.Replan | None:
+    """The same for vllm-ascend, which plans in a child of each worker process."""
+    section = _section(vllm_config)
+    if section is None:
+        return None
+    settings: Any = ascend_eplb.settings()
+    experts = ascend_eplb.experts_of(vllm_config)
+    machine = _machine(section, experts, settings.eplb_config.expert_heat_collection_interval, True)
+    balancer = Balancer(section.rules(), machine, speaks=_is_first(vllm_config))
+    return functools.partial(replan, balancer)
+
+
+def _machine(
+    section: EplbSection, experts: eplb_policy.Experts, steps: int, asynchronous: bool
+) -> Machine:
+    return Machine(
+        steps=steps,
         expert_bytes=experts.bytes,
         expert_weights=experts.weights,
         flops=section.device_tflops * 1e12,
         memory_bytes=section.memory_gb_s * 1e9,
         link_bytes=section.link_gb_s * 1e9,
-        exposed=section.async_exposed if config.use_async else 1.0,
+        exposed=section.async_exposed if asynchronous else 1.0,
     )
-    if _balancer is None:  # a draft model's experts are planned beside the model's
-        parallel = vllm_config.parallel_config
-        first = parallel.rank == 0 and parallel.data_parallel_rank == 0
-        _balancer = Balancer(section.rules(), machine, section.phase, speaks=first)
-    return _balancer.rebalance
+
+
+def _is_first(vllm_config: Any) -> bool:
+    parallel = vllm_config.parallel_config
+    return bool(parallel.rank == 0 and parallel.data_parallel_rank == 0)
 
 
 def _section(vllm_config: Any) -> EplbSection | None:

@@ -1,8 +1,9 @@
 """``XLLMConnector``: vLLM's own connectors, together: transfer between instances, and tiers.
 
-It is a MultiConnector and carries that name too, which vLLM asks for wherever it treats a connector
-of connectors alike. A request's KV is loaded from the first of them that has it, in the order of
-the configuration: transfers, which a router asked for, before tiers.
+It is a MultiConnector, the platform's own where there is one, and carries that name too, which vLLM
+asks for wherever it treats a connector of connectors alike. A request's KV is loaded from the first
+of them that has it, in the order of the configuration: transfers, which a router asked for, before
+tiers.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.distributed.kv_transfer.kv_connector.v1 import multi_connector
 
-from xllm_kv.plugin import TIERS, TIERS_MODULE
+from xllm_kv.plugin import CONNECTOR, TIERS, TIERS_MODULE
 
+_Base: Any = KVConnectorFactory.get_connector_class_by_name(CONNECTOR)
 _NICE = 10  # a tenth of a core where computing threads want it too
 
 if TIERS not in KVConnectorFactory._registry:
@@ -26,7 +27,7 @@ if TIERS not in KVConnectorFactory._registry:
     KVConnectorFactory.register_connector(TIERS, TIERS_MODULE, TIERS)
 
 
-class XLLMConnector(multi_connector.MultiConnector):  # type: ignore[misc]
+class XLLMConnector(_Base):  # type: ignore[misc]
     """See the module; its children are built by vLLM from ``connectors``."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:

@@ -8,8 +8,8 @@ import multiprocessing
 from collections.abc import Mapping
 from typing import Any
 
-from xllm_plugins.compat import kv_events, request_class
-from xllm_plugins.compat.scheduler_levers import Lever, effective_levers
+from xllm_plugins.compat import dry_schedule, kv_events, request_class
+from xllm_plugins.compat.scheduler_levers import Lever, effective_levers, possible_levers
 from xllm_plugins.config import Mode
 from xllm_plugins.errors import NotAvailableError
 from xllm_plugins.features import Attachment, Feature, Policy
@@ -31,6 +31,7 @@ from xllm_scheduler.simulate import measure
 
 POLICY_KIND = "scheduler.step"
 SCHEDULER = "xllm_scheduler.engine.scheduler.elastic_scheduler"
+_LEVERS = frozenset({Lever.HOLD, Lever.BUDGET})  # without which no step can be shaped
 logger = logging.getLogger("vllm.xllm_scheduler")
 
 
@@ -51,10 +52,7 @@ def attach(attachment: Attachment) -> str:
         name = own if isinstance(own, str) else f"{own.__module__}.{own.__qualname__}"
         raise NotAvailableError(f"--scheduler-cls {name} is kept; scheduler.mode=on wraps it")
     base = config.scheduler_config.get_scheduler_cls()
-    missing = {Lever.HOLD, Lever.BUDGET} - effective_levers(base)
-    if missing:
-        names = ", ".join(sorted(lever.value for lever in missing))
-        raise NotAvailableError(f"{base.__qualname__}.schedule() does not read {names}")
+    _check_levers(base, config)
     request_class.install(lambda said: complete_xargs(said, section))
     front_end = request_class.bypassed_by()
     if front_end and multiprocessing.parent_process() is None:
@@ -67,13 +65,25 @@ def attach(attachment: Attachment) -> str:
     return f"{base.__module__}.{base.__qualname__}"
 
 
+def _check_levers(base: type, vllm_config: Any) -> None:
+    missing, verb = _LEVERS - possible_levers(base), "read"
+    if not missing and _LEVERS - effective_levers(base):
+        missing, verb = (
+            _LEVERS - dry_schedule.obeyed_levers(base, vllm_config),
+            "as configured obey",
+        )
+    if missing:
+        names = ", ".join(sorted(lever.value for lever in missing))
+        raise NotAvailableError(f"{base.__qualname__}.schedule() does not {verb} {names}")
+
+
 FEATURE = Feature(
     name="scheduler",
     summary="Online and offline requests share one engine; online SLOs hold.",
     section=SchedulerSection,
     attach=attach,
     check=check,
-    seams=("scheduler_levers", "request_class"),
+    seams=("scheduler_levers", "request_class", "dry_schedule"),
     metrics=METRICS,
 )
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from xllm_plugins.compat import spec_proposer
+from xllm_plugins.compat import ascend_proposer, inspect_seam, spec_proposer
 from xllm_plugins.config import Mode
 from xllm_plugins.errors import NotAvailableError
 from xllm_plugins.features import Attachment, Feature
@@ -59,11 +59,9 @@ def _check_arguments(engine_args: Any, section: SpecDecodeSection, most: int) ->
         raise NotAvailableError(
             "--async-scheduling is kept; drafts from texts need the last step's tokens first"
         )
-    if current_platform.is_out_of_tree():
-        raise NotAvailableError(
-            f"the runner of {current_platform.device_name} takes no proposer of another's class"
-        )
     if section.mode is Mode.ON:
+        if current_platform.is_out_of_tree():
+            _check_runner(current_platform.device_name)
         return
     if not current_platform.is_cpu():
         raise NotAvailableError(
@@ -78,6 +76,21 @@ def _check_arguments(engine_args: Any, section: SpecDecodeSection, most: int) ->
             "with --enable-lora vLLM wants --max-num-batched-tokens to be at least --max-num-seqs "
             f"times {most + 1}, spec_decode.most_tokens and one; both have to be given"
         )
+
+
+def _check_runner(device: str) -> None:
+    found = inspect_seam("ascend_proposer")
+    if not found.holds:
+        raise NotAvailableError(
+            f"the runner of {device} takes no proposer of another's class: seam ascend_proposer "
+            f"does not hold: {found.reason}"
+        )
+
+
+def install() -> None:
+    """In every process: have vLLM's and vllm-ascend's runners draft with ours."""
+    spec_proposer.install()
+    ascend_proposer.install()
 
 
 def attach(attachment: Attachment) -> str:
@@ -114,7 +127,7 @@ FEATURE = Feature(
     section=SpecDecodeSection,
     prepare=prepare,
     attach=attach,
-    install=spec_proposer.install,
+    install=install,
     seams=("spec_proposer", "spec_sampling"),
     metrics=METRICS,
     report=report,

@@ -76,6 +76,7 @@ def request(
     stop: Sequence[int] = (),
     resumable: bool = False,
     lora: int = 0,
+    block: int = BLOCK,
 ) -> Request:
     """A request as the engine core makes it; a prompt given as a number is so many tokens."""
     tokens = list(range(prompt)) if isinstance(prompt, int) else list(prompt)
@@ -89,7 +90,7 @@ def request(
         pooling_params=None,
         priority=priority,
         arrival_time=arrival_s,
-        block_hasher=get_request_block_hasher(BLOCK, sha256),
+        block_hasher=get_request_block_hasher(block, sha256),
         resumable=resumable,
         lora_request=LoRARequest(f"adapter-{lora}", lora, "/nowhere") if lora else None,
     )
@@ -129,7 +130,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.depth = 2 if isinstance(self.scheduler, AsyncScheduler) else 1
-        self._worker = Worker(BLOCK)
+        self._worker = Worker(self.scheduler.block_size)
         self._in_flight: deque[tuple[Any, Any, Step]] = deque()
         self._device_free_s = 0.0
 

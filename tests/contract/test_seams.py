@@ -12,11 +12,22 @@ import vllm.v1.core.sched.scheduler
 from packaging.specifiers import SpecifierSet
 
 from xllm_plugins import compat
-from xllm_plugins.compat import SEAMS, inspect_seam, is_patched, load_seam, patch, vllm_version
+from xllm_plugins.compat import (
+    SEAMS,
+    VLLM,
+    inspect_seam,
+    is_patched,
+    load_seam,
+    patch,
+    seams_here,
+    upstream_of,
+    vllm_version,
+)
 from xllm_plugins.errors import CompatError
 
 pytestmark = pytest.mark.vllm
 
+IN_VLLM = [seam for seam in SEAMS if upstream_of(seam) == VLLM]  # tests/ascend have the others
 # vLLM before 0.26 has no endpoint plugins, so there is nobody to ask for the engine's status.
 ABSENT = {"0.23.0": {"engine_status", "eplb_cpu", "kv_tiers", "target_platform"}}
 
@@ -25,7 +36,7 @@ def test_the_vllm_under_test_is_the_one_that_is_meant() -> None:
     assert vllm_version() == os.environ.get("XLLM_EXPECT_VLLM", "0.32.0")
 
 
-@pytest.mark.parametrize("seam", SEAMS)
+@pytest.mark.parametrize("seam", IN_VLLM)
 def test_a_seam_holds(seam: str) -> None:
     report = inspect_seam(seam)
     assert report.holds == (seam not in ABSENT.get(str(vllm_version()), ())), report.reason
@@ -37,7 +48,7 @@ def test_a_seam_holds(seam: str) -> None:
 def test_a_seam_says_why_it_is_there_and_what_it_relies_on(seam: str) -> None:
     module = load_seam(seam)
     assert module.WHY.endswith(".")
-    assert SpecifierSet(module.HOLDS_FOR).contains("0.32.0")
+    assert SpecifierSet(module.HOLDS_FOR).contains("0.32.0" if seam in IN_VLLM else "0.23.0")
     assert module.SEAM
     assert all(isinstance(target, compat.Target) for target in module.SEAM)
 
@@ -100,7 +111,7 @@ def test_more_parameters_than_relied_on_are_no_matter(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("version", ["0.22.1", "0.33.0", "1.0.0rc1"])
-@pytest.mark.parametrize("seam", SEAMS)
+@pytest.mark.parametrize("seam", IN_VLLM)
 def test_a_version_that_it_was_not_made_for_is_noticed(
     seam: str, version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +127,15 @@ def test_a_version_that_it_was_not_made_for_is_noticed(
 def test_without_vllm_no_seam_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "vllm_version", lambda: None)
     assert inspect_seam("cli_option").reason == "vLLM is not installed"
+
+
+@pytest.mark.parametrize("seam", sorted(set(SEAMS) - set(IN_VLLM)))
+def test_a_seam_in_vllm_ascend_is_not_looked_for_where_that_is_not_installed(
+    seam: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "distribution_version", lambda *names: None)
+    assert inspect_seam(seam).reason == "vllm-ascend is not installed"
+    assert seams_here() == IN_VLLM
 
 
 class Upstream:

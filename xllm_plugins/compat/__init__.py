@@ -2,8 +2,8 @@
 
 Each seam module carries three constants: ``WHY`` it is needed, the versions it ``HOLDS_FOR``
 (a version specifier), and ``SEAM``, the upstream objects and parameters that it relies on. One may
-have a function ``check`` too, which says what does not hold that no name or parameter tells.
-:func:`inspect_seam` holds them against the vLLM that is installed.
+have a function ``check`` too, which says what does not hold that no name or parameter tells; one in
+vllm-ascend has ``UPSTREAM``. :func:`inspect_seam` holds them against what is installed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from typing import Any
 from xllm_plugins.errors import CompatError
 
 SEAMS = (
+    "ascend_eplb",
+    "ascend_proposer",
     "cli_option",
+    "dry_schedule",
     "engine_config",
     "engine_status",
     "eplb_cpu",
@@ -35,6 +38,7 @@ SEAMS = (
     "spec_sampling",
     "target_platform",
 )
+VLLM, ASCEND = "vLLM", "vllm-ascend"
 _MARK = "__xllm_seam__"
 
 
@@ -45,7 +49,7 @@ class Target:
     Attributes:
         path: ``module:qualified.name``.
         parameters: the names that its signature must have, in this order, others aside.
-        versions: the vLLM versions in which it must be there; all, when empty.
+        versions: of the upstream, in which it must be there; all, when empty.
     """
 
     path: str
@@ -55,7 +59,7 @@ class Target:
 
 @dataclass(frozen=True)
 class SeamReport:
-    """Whether one seam holds on the installed vLLM, and if not, why not."""
+    """Whether one seam holds on what is installed, and if not, why not."""
 
     seam: str
     holds: bool
@@ -89,15 +93,29 @@ def load_seam(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+def seams_here() -> list[str]:
+    """The seams in vLLM, and those in vllm-ascend where that is installed."""
+    absent = set() if distribution_version(ASCEND) else {ASCEND}
+    return [name for name in SEAMS if upstream_of(name) not in absent]
+
+
+def upstream_of(name: str) -> str:
+    """What a seam is in: vLLM or vllm-ascend."""
+    return str(getattr(load_seam(name), "UPSTREAM", VLLM))
+
+
 def inspect_seam(name: str) -> SeamReport:
-    """Hold one seam against the installed vLLM; imports the upstream modules that it names."""
+    """Hold one seam against what is installed; imports the upstream modules that it names."""
     from packaging.specifiers import SpecifierSet  # late: a dormant start-up does not pay for it
 
-    module, version = load_seam(name), vllm_version()
+    module, upstream = load_seam(name), upstream_of(name)
+    version = vllm_version() if upstream == VLLM else distribution_version(upstream)
     if version is None:
-        return SeamReport(name, False, "vLLM is not installed")
+        return SeamReport(name, False, f"{upstream} is not installed")
     if not SpecifierSet(module.HOLDS_FOR).contains(version, prereleases=True):
-        return SeamReport(name, False, f"holds for vLLM {module.HOLDS_FOR}, here is {version}")
+        return SeamReport(
+            name, False, f"holds for {upstream} {module.HOLDS_FOR}, here is {version}"
+        )
     for target in module.SEAM:
         if target.versions and not SpecifierSet(target.versions).contains(version, True):
             continue
@@ -107,7 +125,7 @@ def inspect_seam(name: str) -> SeamReport:
     problem = module.check() if hasattr(module, "check") else ""
     if problem:
         return SeamReport(name, False, problem)
-    return SeamReport(name, True, f"vLLM {version}")
+    return SeamReport(name, True, f"{upstream} {version}")
 
 
 def resolve_target(path: str) -> Any:

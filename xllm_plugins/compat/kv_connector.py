@@ -20,5 +20,6 @@ SEAM = (
     Target(f"{_V1}.multi_connector:MultiConnector.register_kv_caches", ("self", "kv_caches")),
     Target(f"{_FACTORY}.register_connector", ("name", "module_path", "class_name")),
     Target(f"{_FACTORY}.get_connector_class", ("kv_transfer_config",)),
+    Target(f"{_FACTORY}.get_connector_class_by_name", ("connector_name",)),
     Target("vllm.config:KVTransferConfig"),
 )

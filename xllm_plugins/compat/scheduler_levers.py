@@ -44,20 +44,35 @@ class Lever(Enum):
 
 
 def effective_levers(base: type) -> frozenset[Lever]:
-    """The levers that the ``schedule()`` of ``base`` really reads.
+    """The levers that every body of ``schedule()`` of ``base`` reads.
 
     Some schedulers of other platforms carry their own copy of the body and ignore some levers. A
-    ``schedule()`` that calls ``super()`` counts together with the one that it calls.
+    ``schedule()`` that reads none and calls ``super()`` counts as the one that it calls.
     """
-    names: set[str] = set()
+    return frozenset.intersection(*_bodies(base))
+
+
+def possible_levers(base: type) -> frozenset[Lever]:
+    """The levers that some body of ``schedule()`` of ``base`` reads.
+
+    A ``schedule()`` with a body of its own that calls ``super()`` besides has two of them.
+    """
+    return frozenset.union(*_bodies(base))
+
+
+def _bodies(base: type) -> list[frozenset[Lever]]:
+    found = []
     for cls in base.__mro__:
         schedule = vars(cls).get("schedule")
         if schedule is None:
             continue
-        names.update(schedule.__code__.co_names)
-        if "__class__" not in schedule.__code__.co_freevars:
+        read = frozenset(lever for lever in Lever if lever.value in schedule.__code__.co_names)
+        calls_super = "__class__" in schedule.__code__.co_freevars
+        if read or not calls_super:
+            found.append(read)
+        if not calls_super:
             break
-    return frozenset(lever for lever in Lever if lever.value in names)
+    return found or [frozenset()]
 
 
 def hold(scheduler: Any, request: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.doubles import Install, feature_module
 from xllm_plugins import cli, doctor
-from xllm_plugins.compat import SEAMS
+from xllm_plugins.compat import seams_here
 
 pytestmark = pytest.mark.vllm
 
@@ -24,7 +24,7 @@ def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dic
 def test_a_healthy_environment_has_no_problems(capsys: pytest.CaptureFixture[str]) -> None:
     status, found = asked(capsys)
     assert (status, found["problems"]) == (0, [])
-    assert [seam["seam"] for seam in found["seams"]] == list(SEAMS)
+    assert [seam["seam"] for seam in found["seams"]] == seams_here()
     decisions = {d["feature"]: (d["active"], d["reason"]) for d in found["decisions"]}
     assert decisions["scheduler"][0]
     assert decisions["service"] == (
