@@ -12,6 +12,7 @@ from selenium.webdriver.common.keys import Keys
 
 from tests.browser import browser, logged, needs_browser
 from tests.service.conftest import MODEL, TOKEN, told_loads
+from tests.service.test_batch import ENDPOINT, lines
 
 pytestmark = needs_browser
 __all__ = ["browser"]  # a fixture
@@ -48,11 +49,32 @@ async def test_instances_answers_and_changes_are_seen(
     text = await asyncio.to_thread(shown, browser, url.url, *names, "p50", "draining")
     for part in (*names, "prefill", "mixed", "draining", "routing round_robin", "p50"):
         assert part in text
+    assert "online p50" in text
+    assert "100 % in time" in text
     points = browser.find_elements(By.CSS_SELECTOR, "#ttft-plot circle")
     assert len(points) == 6
+    assert browser.find_elements(By.CSS_SELECTOR, "#ttft-plot line.slo")
+    assert "SLO 2000 ms" in text
     assert browser.find_elements(By.CSS_SELECTOR, "#roles rect.prefill")
     errors = [one for one in logged(browser, "browser") if one["level"] == "SEVERE"]
     assert [one for one in errors if "favicon" not in one["message"]] == []
+
+
+async def test_batches_are_seen_also_when_they_are_over(
+    browser: webdriver.Chrome, stub: Any, router: Any, tmp_path: Any
+) -> None:
+    from openai import AsyncOpenAI
+
+    url = await router(await stub(), data=str(tmp_path))
+    client = AsyncOpenAI(base_url=url.url + "/v1", api_key="none")
+    file = await client.files.create(file=("in.jsonl", lines(3)), purpose="batch")
+    made = await client.batches.create(
+        input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h"
+    )
+    text = await asyncio.to_thread(shown, browser, url.url, made.id, "completed")
+    assert "completed" in text
+    bar = browser.find_element(By.CSS_SELECTOR, "#batches .bar")
+    assert bar.get_attribute("title") == "3 of 3"
 
 
 async def test_loads_of_devices_are_seen_with_the_admin_token(

@@ -31,6 +31,8 @@ from xllm_scheduler.service.router import CHANGEABLE, Service
 from xllm_scheduler.service.routing import Role
 from xllm_scheduler.service.turning import TurningError
 
+_SHOWN = 20  # batches, those that are over among them
+
 
 def build(section: RouterSection, classes: SchedulerSection) -> Any:
     """The ASGI application."""
@@ -264,5 +266,5 @@ def status_of(service: Service) -> dict[str, Any]:
             for at_s, name, role in fleet.changes
         ],
         "recent": service.seen.recent(),
-        "batches": service.batches.store.open_batches() if service.batches else [],
+        "batches": service.batches.store.batches(_SHOWN) if service.batches else [],
     }

@@ -59,8 +59,7 @@ class Seen:
         self._hits = Gauge(
             f"{_PREFIX}hit_ratio", "Share of prompts found in the index.", registry=own
         )
-        # Time, class, TTFT, TPOT and whether it was in time, for the console.
-        self._recent: deque[tuple[float, str, float, float, bool]] = deque(maxlen=_RECENT)
+        self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)  # for the console
 
     def refused(self, status: int) -> None:
         """A request got an error."""
@@ -95,12 +94,15 @@ class Seen:
         met = ttft_s * 1e3 <= service.ttft_ms and tpot_s * 1e3 <= service.tpot_ms
         if service.online and met:
             self._met.inc()
-        self._recent.append((time.time(), kind, ttft_s, tpot_s, met))
+        made = {"at_s": time.time(), "class": kind, "ttft_s": ttft_s, "tpot_s": tpot_s, "met": met}
+        if service.online:
+            slos = {"ttft_slo_s": service.ttft_ms / 1e3, "tpot_slo_s": service.tpot_ms / 1e3}
+            made |= slos
+        self._recent.append(made)
 
     def recent(self) -> list[dict[str, Any]]:
         """The last answers, oldest first."""
-        names = ("at_s", "class", "ttft_s", "tpot_s", "met")
-        return [dict(zip(names, one, strict=True)) for one in self._recent]
+        return list(self._recent)
 
     def exposition(self, fleet: Fleet) -> bytes:
         """All metrics in Prometheus' text form."""
