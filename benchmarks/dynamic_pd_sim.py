@@ -216,14 +216,13 @@ class Result:
 
 def table(title: str, results: Mapping[str, Result]) -> Table:
     """All systems of one load."""
-    best = max(results[name].goodput_s for name in (MIXED, *FIXED) if name in results)
+    fixed = [results[name].goodput_s for name in (MIXED, *FIXED) if name in results]
     made = Table(title=title)
     for heading in ("system", "times the rate", "goodput, 1/s", "of the best fixed"):
         made.add_column(heading, justify="left" if heading == "system" else "right")
     for name, one in results.items():
-        made.add_row(
-            name, f"{one.factor:.2f}", f"{one.goodput_s:.2f}", f"{one.goodput_s / best:.2f}"
-        )
+        share = f"{one.goodput_s / max(fixed):.2f}" if fixed else "-"
+        made.add_row(name, f"{one.factor:.2f}", f"{one.goodput_s:.2f}", share)
     return made
 
 

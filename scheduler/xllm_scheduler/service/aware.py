@@ -26,15 +26,18 @@ from xllm_scheduler.service.routing import (
 )
 
 _CARE = 0.8  # the share of an SLO that a prediction may use up without being thought late
+_WORK = 2.0  # weight of what a prompt takes: those that come next wait for it, too
 _LATE_MS = 10_000.0  # what being late by one SLO costs
 _FULL = 0.95  # used share of the KV cache beyond which a request would wait for blocks
 
 
 class KvAware(RoutingPolicy):
-    """The instance where a request is predicted to be done first, and delays the others least.
+    """The instance where a request is predicted to begin first and takes least, all in time.
 
-    ``cost = TTFT + n * TPOT + work * running``, n the tokens that it is expected to generate,
-    work the time that its prompt takes from those that generate there.
+    ``cost = TTFT + 2 * work + lateness``: work is the time that its prompt takes there, lateness
+    what it and those that generate there would be late by their SLOs. How fast an answer is that
+    is in time does not count. Without an SLO it is ``TTFT + n * TPOT + (2 + running) * work``, n
+    the tokens that it is expected to generate.
     """
 
     reads_cached = True
@@ -76,37 +79,50 @@ class SloAware(RoutingPolicy):
             costs.append((instance.instance_id, cost))
             routes.append(Route(instance.instance_id, instance.instance_id, "whole"))
         if prefills and request.output_tokens > 1.0:
-            first, first_ms = _earliest(request, prefills)
+            first, first_ms, work_ms = _earliest(request, prefills)
             for instance in (i for i in others if i is not first and i.transfers):
-                cost = _split_cost(request, first_ms, instance)
+                cost = _split_cost(request, first_ms, work_ms, instance)
                 costs.append((f"{first.instance_id}>{instance.instance_id}", cost))
                 routes.append(Route(first.instance_id, instance.instance_id, "apart"))
         best = min(range(len(costs)), key=lambda index: costs[index][1])
         return routes[best]._replace(costs=costs)
 
 
-def _earliest(request: RequestView, among: Sequence[InstanceView]) -> tuple[InstanceView, float]:
-    """Who would be done with the prompt first, and when."""
-    times = [(prefill(request, i)[0], index) for index, i in enumerate(among)]
-    first_ms, index = min(times)
-    return among[index], first_ms
+def _earliest(
+    request: RequestView, among: Sequence[InstanceView]
+) -> tuple[InstanceView, float, float]:
+    """Who would be done with the prompt first and with least work, when, and with how much."""
+    times = [(*prefill(request, i), index) for index, i in enumerate(among)]
+    first_ms, work_ms, index = min(times, key=lambda time: time[0] + _WORK * time[1])
+    return among[index], first_ms, work_ms
 
 
 def _whole_cost(request: RequestView, instance: InstanceView, found: Forecast) -> float:
-    taken_ms = 0.0 if math.isfinite(instance.pace_ms) else found.work_ms * instance.running
-    return _cost(request, instance, found.ttft_ms, found.tpot_ms) + taken_ms
+    cost = _cost(request, instance, found.ttft_ms, found.tpot_ms) + _WORK * found.work_ms
+    if math.isfinite(instance.pace_ms):
+        return cost  # its engine keeps others from being late
+    if not request.online:
+        return cost + instance.running * found.work_ms
+    # Once in its answer each of those that generate there is held up by the prompt.
+    held_up_ms = found.tpot_ms + found.work_ms / max(1.0, request.output_tokens)
+    return cost + instance.running * _LATE_MS * _excess(held_up_ms, request.tpot_ms)
 
 
-def _split_cost(request: RequestView, first_ms: float, instance: InstanceView) -> float:
+def _split_cost(
+    request: RequestView, first_ms: float, work_ms: float, instance: InstanceView
+) -> float:
     # The first token is generated where the KV arrives.
     first_ms += transfer_ms(request, instance) + step_ms(instance)
-    return _cost(request, instance, first_ms, decode_tpot_ms(request, instance))
+    tpot_ms = decode_tpot_ms(request, instance)
+    return _cost(request, instance, first_ms, tpot_ms) + _WORK * work_ms
 
 
 def _cost(request: RequestView, instance: InstanceView, ttft_ms: float, tpot_ms: float) -> float:
-    cost = ttft_ms + request.output_tokens * tpot_ms
+    cost = ttft_ms
     if request.online:
         cost += _LATE_MS * (_excess(ttft_ms, request.ttft_ms) + _excess(tpot_ms, request.tpot_ms))
+    else:
+        cost += request.output_tokens * tpot_ms
     if instance.kv_used > _FULL:
         cost += _LATE_MS * (instance.kv_used - _FULL) / (1.0 - _FULL)
     return cost
