@@ -27,6 +27,7 @@ from xllm_scheduler.service.routing import (
 
 _CARE = 0.8  # the share of an SLO that a prediction may use up without being thought late
 _WORK = 2.0  # weight of what a prompt takes: those that come next wait for it, too
+_TAKEN = 0.2  # weight of the same for each that generates there, and may have time to spare
 _LATE_MS = 10_000.0  # what being late by one SLO costs
 _FULL = 0.95  # used share of the KV cache beyond which a request would wait for blocks
 
@@ -34,10 +35,10 @@ _FULL = 0.95  # used share of the KV cache beyond which a request would wait for
 class KvAware(RoutingPolicy):
     """The instance where a request is predicted to begin first and takes least, all in time.
 
-    ``cost = TTFT + 2 * work + lateness``: work is the time that its prompt takes there, lateness
-    what it and those that generate there would be late by their SLOs. How fast an answer is that
-    is in time does not count. Without an SLO it is ``TTFT + n * TPOT + (2 + running) * work``, n
-    the tokens that it is expected to generate.
+    ``cost = TTFT + (2 + running / 5) * work + lateness``: work is the time that its prompt takes
+    there, running how many generate there, lateness what it would be late by its SLOs. How fast an
+    answer is that is in time does not count; without an SLO ``n * TPOT`` does, n the tokens that it
+    is expected to have.
     """
 
     reads_cached = True
@@ -101,11 +102,7 @@ def _whole_cost(request: RequestView, instance: InstanceView, found: Forecast) -
     cost = _cost(request, instance, found.ttft_ms, found.tpot_ms) + _WORK * found.work_ms
     if math.isfinite(instance.pace_ms):
         return cost  # its engine keeps others from being late
-    if not request.online:
-        return cost + instance.running * found.work_ms
-    # Once in its answer each of those that generate there is held up by the prompt.
-    held_up_ms = found.tpot_ms + found.work_ms / max(1.0, request.output_tokens)
-    return cost + instance.running * _LATE_MS * _excess(held_up_ms, request.tpot_ms)
+    return cost + _TAKEN * instance.running * found.work_ms
 
 
 def _split_cost(
