@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from xllm_eplb import command
-from xllm_eplb.balancer import METRICS, Balancer, report_of
+from xllm_eplb.balancer import Balancer
+from xllm_eplb.books import METRICS, report_of
 from xllm_eplb.config import EplbSection
 from xllm_eplb.phases import Prefill, is_prefill
 from xllm_eplb.trace import Machine
@@ -45,7 +46,6 @@ def attach(attachment: Attachment) -> str:
 def install() -> None:
     """In every process: replace the policy of vLLM's EPLB once it takes a model."""
     eplb_policy.install(planner, stalled, begins)
-    eplb_phase.install(is_prefill)
     eplb_cpu.install(on_cpu)
 
 
@@ -87,6 +87,7 @@ def planner(vllm_config: Any, experts: eplb_policy.Experts) -> eplb_policy.Rebal
     if _balancer is None:  # a draft model's experts are planned beside the model's
         parallel = vllm_config.parallel_config
         first = parallel.rank == 0 and parallel.data_parallel_rank == 0
+        eplb_phase.install(is_prefill)
         _balancer = Balancer(section.rules(), machine, section.phase, speaks=first)
     return _balancer.rebalance
 

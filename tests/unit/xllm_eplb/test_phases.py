@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tests.unit.xllm_eplb.loads import initial, skewed
-from xllm_eplb.balancer import Balancer, report_of
+from xllm_eplb.balancer import Balancer
+from xllm_eplb.books import report_of
 from xllm_eplb.phases import PHASES, Phase, Prefill, is_prefill
 from xllm_eplb.placement import Topology, imbalance
 from xllm_eplb.policy import Rules
