@@ -39,7 +39,7 @@ class Ranks:
             model=SimpleNamespace(num_logical_experts=3),
             rebalanced=False,
         )
-        self.state.model_states["model"] = self.model  # type: ignore[assignment]
+        self.state.model_states["model"] = self.model
         self.worker = WorkerWrapperBase.__new__(WorkerWrapperBase)
         self.worker.mm_receiver_cache = None
         self.worker.worker = SimpleNamespace(execute_model=lambda scheduler_output: "done")
@@ -127,7 +127,7 @@ def test_several_models_are_told_one_after_another(begun: list[Any]) -> None:
     draft = SimpleNamespace(**vars(ranks.model))
     draft.expert_load_window = torch.ones(WINDOW, 2, 4, dtype=torch.int32)
     ranks.step(PREFILL, 0)
-    ranks.state.model_states["draft"] = draft  # type: ignore[assignment]
+    ranks.state.model_states["draft"] = draft
     eplb_phase._rows(ranks.state)[:] = np.array([1, 2, 2, 1])
     first, second = eplb_phase.prefill_loads(ranks.state)
     assert first is not None
