@@ -101,4 +101,4 @@ def cells_of(browser: webdriver.Chrome) -> dict[str, str]:
         "return [...document.querySelectorAll('#experts rect.cell')]"
         ".map(one => [one.textContent, one.getAttribute('fill')])"
     )
-    return dict(browser.execute_script(script))  # type: ignore[no-untyped-call]
+    return dict(browser.execute_script(script))
