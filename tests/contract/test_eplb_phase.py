@@ -89,10 +89,10 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_rows_of_prefill_steps_are_added_up_over_steps_and_ranks(begun: list[Any]) -> None:
     ranks = Ranks()
     # The window covers the last four steps; one of them is a dummy, which counts nowhere.
-    for number, scheduled in enumerate((PREFILL, PREFILL, PREFILL, DECODE, DUMMY, PREFILL)):
+    for number, scheduled in enumerate((PREFILL, PREFILL, PREFILL, DECODE, PREFILL, DUMMY)):
         ranks.step(scheduled, 10**number)
     ((load, share),) = begun.pop()
-    tokens = RANKS * (10**2 + 10**5)
+    tokens = RANKS * (10**2 + 10**4)
     assert load.tolist() == [[2 * tokens, tokens, tokens], [tokens] * 3]
     assert share == pytest.approx(2 / 3)
     # It is a part of what vLLM adds up of the same rows.
@@ -106,6 +106,13 @@ def test_the_next_window_takes_the_rows_of_the_last(begun: list[Any]) -> None:
         ranks.step(scheduled, 1)
     assert [found[0][1] for found in begun] == [1.0, 0.0]
     assert not begun[1][0][0].any()
+
+
+def test_steps_that_are_not_recorded_change_no_row(begun: list[Any]) -> None:
+    ranks = Ranks()
+    for scheduled in (PREFILL,) * INTERVAL + (DECODE,) * (INTERVAL - WINDOW) + (DUMMY,) * WINDOW:
+        ranks.step(scheduled, 1)
+    assert [found[0][1] for found in begun] == [1.0, 1.0]
 
 
 def test_before_a_worker_was_told_anything_nothing_is_known(begun: list[Any]) -> None:

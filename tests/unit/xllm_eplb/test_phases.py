@@ -105,6 +105,11 @@ def test_what_was_counted_is_for_one_plan_of_one_model() -> None:
     assert ["prefill" in one for one in balancer.windows(0)] == [False, True, False]
 
 
+def test_moves_for_a_phase_have_to_pay_in_its_share_of_the_steps() -> None:
+    balancer, _ = planned(Phase.PREFILL, Prefill(PREFILL.load, 1e-7))
+    assert balancer.books()["outcomes"] == {"cost": 3}
+
+
 def test_a_window_without_the_phase_moves_nothing() -> None:
     balancer, found = planned(Phase.PREFILL, Prefill(np.zeros_like(LOAD), 0.0))
     assert found.tolist() == FIRST.tolist()
