@@ -9,7 +9,8 @@ from typing import Any
 
 from xllm_eplb import command
 from xllm_eplb.ascend import replan
-from xllm_eplb.balancer import METRICS, Balancer, report_of
+from xllm_eplb.balancer import Balancer
+from xllm_eplb.books import METRICS, report_of
 from xllm_eplb.config import EplbSection
 from xllm_eplb.phases import Prefill, is_prefill
 from xllm_eplb.trace import Machine
@@ -68,7 +69,6 @@ def _attach_to_ascend(attachment: Attachment) -> str:
 def install() -> None:
     """In every process: replace the policy of an EPLB once it takes a model."""
     eplb_policy.install(planner, stalled, begins)
-    eplb_phase.install(is_prefill)
     ascend_eplb.install(ascend_planner)
     eplb_cpu.install(on_cpu)
 
@@ -103,6 +103,7 @@ def planner(vllm_config: Any, experts: eplb_policy.Experts) -> eplb_policy.Rebal
     if _balancer is None:  # a draft model's experts are planned beside the model's
         machine = _machine(section, experts, steps, config.use_async)
         speaks = _is_first(vllm_config)
+        eplb_phase.install(is_prefill)
         _balancer = Balancer(section.rules(), machine, section.phase, speaks=speaks)
     return _balancer.rebalance
 

@@ -122,20 +122,23 @@ def window_of(plain: Mapping[str, Any]) -> Window:
             Topology(**plain["topology"]),
             np.array(plain["load"], float),
             np.array(plain["placement"], np.int64),
-            prefill and Prefill(np.array(prefill["load"], float), float(prefill["share"])),
+            None if prefill is None else _prefill_of(prefill),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise PlacementError(f"A line is no window of expert loads: {error!r}.") from error
-    if window.load.ndim != 2 or window.placement.shape != (
-        len(window.load),
-        window.topology.physical,
-    ):
+    shapes = {window.load.shape, window.of(Phase.PREFILL).load.shape}
+    expected = (len(window.load), window.topology.physical)
+    if window.load.ndim != 2 or len(shapes) > 1 or window.placement.shape != expected:
         raise PlacementError(
             f"Window {window.plan} has loads {window.load.shape} and a placement "
             f"{window.placement.shape}; allowed is [layers, experts] and "
             f"[layers, {window.topology.physical}]."
         )
     return window
+
+
+def _prefill_of(plain: Mapping[str, Any]) -> Prefill:
+    return Prefill(np.array(plain["load"], float), float(plain["share"]))
 
 
 def _counts(load: Floats) -> list[list[int]]:

@@ -39,7 +39,7 @@ class Ranks:
             model=SimpleNamespace(num_logical_experts=3),
             rebalanced=False,
         )
-        self.state.model_states["model"] = self.model  # type: ignore[assignment]
+        self.state.model_states["model"] = self.model
         self.worker = WorkerWrapperBase.__new__(WorkerWrapperBase)
         self.worker.mm_receiver_cache = None
         self.worker.worker = SimpleNamespace(execute_model=lambda scheduler_output: "done")
@@ -89,10 +89,10 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_rows_of_prefill_steps_are_added_up_over_steps_and_ranks(begun: list[Any]) -> None:
     ranks = Ranks()
     # The window covers the last four steps; one of them is a dummy, which counts nowhere.
-    for number, scheduled in enumerate((PREFILL, PREFILL, PREFILL, DECODE, DUMMY, PREFILL)):
+    for number, scheduled in enumerate((PREFILL, PREFILL, PREFILL, DECODE, PREFILL, DUMMY)):
         ranks.step(scheduled, 10**number)
     ((load, share),) = begun.pop()
-    tokens = RANKS * (10**2 + 10**5)
+    tokens = RANKS * (10**2 + 10**4)
     assert load.tolist() == [[2 * tokens, tokens, tokens], [tokens] * 3]
     assert share == pytest.approx(2 / 3)
     # It is a part of what vLLM adds up of the same rows.
@@ -106,6 +106,13 @@ def test_the_next_window_takes_the_rows_of_the_last(begun: list[Any]) -> None:
         ranks.step(scheduled, 1)
     assert [found[0][1] for found in begun] == [1.0, 0.0]
     assert not begun[1][0][0].any()
+
+
+def test_steps_that_are_not_recorded_change_no_row(begun: list[Any]) -> None:
+    ranks = Ranks()
+    for scheduled in (PREFILL,) * INTERVAL + (DECODE,) * (INTERVAL - WINDOW) + (DUMMY,) * WINDOW:
+        ranks.step(scheduled, 1)
+    assert [found[0][1] for found in begun] == [1.0, 1.0]
 
 
 def test_before_a_worker_was_told_anything_nothing_is_known(begun: list[Any]) -> None:
@@ -127,7 +134,7 @@ def test_several_models_are_told_one_after_another(begun: list[Any]) -> None:
     draft = SimpleNamespace(**vars(ranks.model))
     draft.expert_load_window = torch.ones(WINDOW, 2, 4, dtype=torch.int32)
     ranks.step(PREFILL, 0)
-    ranks.state.model_states["draft"] = draft  # type: ignore[assignment]
+    ranks.state.model_states["draft"] = draft
     eplb_phase._rows(ranks.state)[:] = np.array([1, 2, 2, 1])
     first, second = eplb_phase.prefill_loads(ranks.state)
     assert first is not None

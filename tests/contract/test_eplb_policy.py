@@ -13,6 +13,7 @@ import torch
 import vllm.config.vllm
 from vllm.distributed.eplb import eplb_state
 from vllm.distributed.eplb.policy import AbstractEplbPolicy, DefaultEplbPolicy
+from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from xllm_eplb import plugin
 from xllm_eplb.balancer import Balancer
@@ -20,7 +21,7 @@ from xllm_eplb.placement import Topology, check_placement, imbalance
 from xllm_eplb.policy import Rules
 from xllm_eplb.trace import Machine
 from xllm_plugins.activation import REPORT_KEY, SETTINGS_KEY
-from xllm_plugins.compat import eplb_policy
+from xllm_plugins.compat import eplb_policy, is_patched
 from xllm_plugins.config import section_values
 from xllm_plugins.errors import NotAvailableError
 from xllm_plugins.features import Attachment
@@ -56,6 +57,8 @@ def add_model(monkeypatch: pytest.MonkeyPatch) -> AddModel:
         self.policy = DefaultEplbPolicy
 
     monkeypatch.setattr(eplb_state.EplbState, "add_model", original)
+    monkeypatch.setattr(eplb_state.EplbState, "step", eplb_state.EplbState.step)
+    monkeypatch.setattr(WorkerWrapperBase, "execute_model", WorkerWrapperBase.execute_model)
     monkeypatch.setattr(plugin, "_balancer", None)
     plugin.install()
     plugin.install()  # every process may, several times
@@ -85,6 +88,7 @@ def test_a_worker_plans_with_ours(add_model: AddModel, monkeypatch: pytest.Monke
     books = plugin.worker_books(None)
     assert books is not None
     assert books["plans"] == 1
+    assert is_patched(WorkerWrapperBase, "execute_model")
 
 
 @pytest.mark.parametrize("config", [None, config_of(active=False)], ids=["none", "inactive"])
@@ -92,6 +96,7 @@ def test_without_the_feature_vllms_policy_stays(
     config: Any, add_model: AddModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert policy_in(config, add_model, monkeypatch) is DefaultEplbPolicy
+    assert not is_patched(WorkerWrapperBase, "execute_model")
 
 
 def test_a_planner_keeps_what_it_was_given_while_vllms_map_changes() -> None:

@@ -16,6 +16,7 @@ from aiohttp import web
 
 from benchmarks.lab.stub_engine import StubEngine
 from xllm_eplb.balancer import Balancer
+from xllm_eplb.phases import Prefill
 from xllm_eplb.policy import Rules
 from xllm_eplb.trace import Machine
 from xllm_scheduler.config import SchedulerSection
@@ -93,6 +94,7 @@ def told_loads() -> dict[str, Any]:
     """What a balancer tells after a plan: two layers with load, one without, on four devices."""
     balancer = Balancer(Rules(), Machine(100, 40e6, 40e6, 400e12, 3e12, 40e9, 1.0))
     load = 1e5 * np.array([[100, 90, 50, 40, 20, 20, 40, 40]] * 2 + [[0] * 8], float)
+    balancer.counted([Prefill(load / 2, 0.25)])
     balancer.rebalance(load, 8, 1, 1, 4, np.tile(np.arange(8), (3, 1)))
     return balancer.loads()
 

@@ -96,7 +96,8 @@ async def test_loads_of_devices_are_seen_with_the_admin_token(
     name = balanced.url.removeprefix("http://")
     text = await asyncio.to_thread(text_after, TOKEN, "experts moved")
     moved = sum(balanced.engine.eplb["last_moves"])
-    for part in (name, "plan 1", f"{moved} experts moved", "layers: moved 2, no_load 1"):
+    parts = (name, "plan 1", f"{moved} experts moved", "layers: moved 2, no_load 1")
+    for part in (*parts, "max/mean 1.600, 1.600 in prefill steps, 1.600 in decode steps"):
         assert part in text
     assert f"{plain.url.removeprefix('http://')}: plan" not in text
     hot = cells_of(browser)
@@ -122,4 +123,4 @@ def cells_of(browser: webdriver.Chrome) -> dict[str, str]:
         "return [...document.querySelectorAll('#experts rect.cell')]"
         ".map(one => [one.textContent, one.getAttribute('fill')])"
     )
-    return dict(browser.execute_script(script))  # type: ignore[no-untyped-call]
+    return dict(browser.execute_script(script))

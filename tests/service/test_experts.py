@@ -26,8 +26,8 @@ async def test_an_instance_that_does_not_answer_is_left_out(stub: Any, router: A
 
 async def test_instances_are_not_asked_again_for_every_console(stub: Any, router: Any) -> None:
     one = await stub()
-    one.engine.eplb = {"plans": 1}
+    one.engine.eplb = {"plans": 1, "devices": []}
     url = await router(one)
     first = await url.admin("GET", "/eplb")
-    one.engine.eplb = {"plans": 2}
+    one.engine.eplb = {"plans": 2, "devices": []}
     assert await url.admin("GET", "/eplb") == first

@@ -42,13 +42,14 @@ class ExpertLoads:
                     if member.health is not Health.SUSPECT
                 }
                 told = await asyncio.gather(*(self._asked(url) for url in urls.values()))
-                found = {name: one for name, one in zip(urls, told, strict=True) if one}
-                self._last = (self._clock(), found)
+                found = dict(zip(urls, told, strict=True))
+                self._last = (self._clock(), {name: one for name, one in found.items() if one})
             return self._last[1]
 
     async def _asked(self, url: str) -> Any:
         try:
             async with self._session.get(url + _LOADS_PATH, timeout=_TIMEOUT) as answer:
-                return await answer.json() if answer.status == 200 else None
+                found = await answer.json() if answer.status == 200 else None
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError):
             return None
+        return found if isinstance(found, dict) and "devices" in found else None

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.unit.xllm_eplb.loads import initial, skewed
-from xllm_eplb.balancer import METRICS, Balancer, report_of
+from xllm_eplb.balancer import Balancer
+from xllm_eplb.books import METRICS, report_of
 from xllm_eplb.config import EplbSection
 from xllm_eplb.phases import Prefill
 from xllm_eplb.placement import Topology, check_placement, imbalance, moves

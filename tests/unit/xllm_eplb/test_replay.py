@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tests.unit.xllm_eplb.loads import initial, skewed
 from xllm_eplb.balancer import Balancer
 from xllm_eplb.errors import PlacementError
+from xllm_eplb.phases import Phase, Prefill
 from xllm_eplb.placement import Topology
 from xllm_eplb.policy import Rules
 from xllm_eplb.replay import device_shares, ours, replayed, untouched
@@ -22,10 +24,11 @@ MACHINE = Machine(100, 40e6, 40e6, 400e12, 3e12, 40e9, 1.0)
 TOPOLOGY = Topology(8, 9)
 FIRST = initial(3, 64, 72)
 LOAD = np.round(skewed(3, 64) * 1e4)
+PREFILL = Prefill(np.minimum(LOAD, np.round(skewed(3, 64, seed=2) * 1e4)), 0.25)
 
 
 def windows(count: int = 3) -> list[Window]:
-    return [Window(plan, MACHINE, TOPOLOGY, LOAD, FIRST) for plan in range(1, count + 1)]
+    return [Window(plan, MACHINE, TOPOLOGY, LOAD, FIRST, PREFILL) for plan in range(1, count + 1)]
 
 
 @pytest.fixture
@@ -40,6 +43,8 @@ def test_a_trace_comes_back_as_it_was(trace: Path) -> None:
         assert (read.plan, read.machine, read.topology) == (written.plan, MACHINE, TOPOLOGY)
         assert read.load.tolist() == LOAD.tolist()
         assert read.placement.tolist() == FIRST.tolist()
+        assert read.prefill is not None
+        assert (read.prefill.load.tolist(), read.prefill.share) == (PREFILL.load.tolist(), 0.25)
 
 
 def test_a_balancer_keeps_what_it_planned_from() -> None:
@@ -67,10 +72,19 @@ def test_a_file_that_is_no_trace_is_refused(text: str, sentence: str, tmp_path: 
     assert sentence in str(raised.value)
 
 
-def test_a_placement_of_another_shape_is_refused() -> None:
-    plain = {**windows()[0].plain(), "placement": [[0, 1]] * 3}
+@pytest.mark.parametrize(
+    "other", [{"placement": [[0, 1]] * 3}, {"prefill": {"load": [[0]] * 3, "share": 0.5}}]
+)
+def test_a_window_of_several_shapes_is_refused(other: dict[str, Any]) -> None:
+    plain = {**windows()[0].plain(), **other}
     with pytest.raises(PlacementError, match=r"Window 1 has loads \(3, 64\) and a placement"):
         window_of(plain)
+
+
+def test_a_window_from_before_phases_were_known_is_read() -> None:
+    plain = windows()[0].plain()
+    del plain["prefill"]
+    assert window_of(plain).of(Phase.DECODE).load.tolist() == LOAD.tolist()
 
 
 def test_a_plan_is_scored_on_the_window_after_it() -> None:
@@ -99,17 +113,30 @@ def test_ours_balances_what_stands_still() -> None:
     assert mine.plan_ms == 1000.0
 
 
+def test_a_plan_for_one_phase_is_better_in_its_steps() -> None:
+    found = {
+        phase: replayed(windows(), ours(Rules(), windows()[0], phase), lambda: 0.0)
+        for phase in (Phase.ALL, Phase.DECODE)
+    }
+    scores = [found[phase].phases["decode"] for phase in found]
+    assert scores[1] < scores[0] - 0.05
+    assert found[Phase.DECODE].balance > found[Phase.ALL].balance
+
+
 def test_the_command_compares_rules(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = tmp_path / "figures.json"
-    more = ["--ours", "wanted=1.1,most_moves=1", "--json", str(figures)]
+    more = ["--ours", "wanted=1.1,most_moves=1", "--ours", "phase=decode", "--json", str(figures)]
     assert cli.main(["eplb", "replay", str(trace), *more]) == 0
     found = json.loads(figures.read_text())
     assert {"none", "ours", "ours wanted=1.1,most_moves=1"} <= found.keys()
     assert found["ours"]["balance"] < found["none"]["balance"]
     assert found["ours wanted=1.1,most_moves=1"]["moves"] <= 1 / FIRST.size
-    assert "3 windows of 3 layers, 64 experts on 8 devices with 9 slots" in capsys.readouterr().out
+    assert found["ours phase=decode"]["phases"]["decode"] < found["ours"]["phases"]["decode"]
+    said = capsys.readouterr().out
+    assert "3 windows of 3 layers, 64 experts on 8 devices with 9 slots" in said
+    assert "max/mean   prefill    decode  moved/plan" in said
 
 
 @pytest.mark.parametrize(
