@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from xllm_eplb.balancer import Balancer
@@ -36,5 +38,6 @@ def expert_load(placement: Ints, load: Ints) -> Floats:
     """
     layers, experts = len(placement), int(placement.max()) + 1
     ids = np.where(placement < 0, experts, placement) + np.arange(layers)[:, None] * (experts + 1)
-    tokens = np.bincount(ids.ravel(), load.ravel(), minlength=layers * (experts + 1))
-    return tokens.reshape(layers, experts + 1)[:, :experts]
+    tokens: Any = np.bincount(ids.ravel(), load.ravel(), minlength=layers * (experts + 1))
+    by_expert: Floats = tokens.reshape(layers, experts + 1)[:, :experts]
+    return by_expert

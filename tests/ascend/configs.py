@@ -63,7 +63,7 @@ def configured(
 def decision(config: Any, feature: str) -> dict[str, Any]:
     """The row of a feature in start-up's table."""
     rows = config.additional_config["xllm_report"]["features"]
-    return next(row for row in rows if row["feature"] == feature)  # type: ignore[no-any-return]
+    return next(row for row in rows if row["feature"] == feature)
 
 
 def scheduler_of(config: Any) -> Any:

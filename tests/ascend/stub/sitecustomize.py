@@ -61,9 +61,9 @@ class _Finder(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self, is_package=True)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = _Module(spec.name)
+        module: Any = _Module(spec.name)
         module.__version__ = "1.0.0"  # numba refuses an older scipy
-        return module
+        return module  # type: ignore[no-any-return]
 
     def exec_module(self, module: ModuleType) -> None:
         if module.__name__ == "torch_npu":
