@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from xllm_kv import command
 from xllm_kv.config import KvSection, Transfer
 from xllm_kv.report import METRICS, report_of
 from xllm_plugins.compat import inspect_seam
@@ -184,3 +186,9 @@ FEATURE = Feature(
 def xllm_features() -> list[Feature]:
     """The ``kv`` feature."""
     return [FEATURE]
+
+
+@hookimpl
+def xllm_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``xllm kv``."""
+    command.add_command(subparsers)

@@ -26,6 +26,7 @@ SEAM = (
     Target(f"{_KV}.tiering.manager:TieringOffloadingManager.lookup", ("key", "req_context")),
     Target(f"{_KV}.tiering.manager:TieringOffloadingManager.prepare_store", ("keys",)),
     Target(f"{_KV}.tiering.base:SecondaryTierManager.submit_load", ("self", "job_metadata")),
+    Target(f"{_KV}.cpu.manager:CPUOffloadingManager._get_num_free_chunks", ("self",)),
     Target(f"{_KV}.tiering.async_lookup:AsyncLookupManager.lookup", ("key", "req_context")),
     Target(f"{_KV}.tiering.async_lookup:AsyncLookupManager.batch_lookup", ("keys",)),
     Target(f"{_KV}.tiering.async_lookup:AsyncLookupManager.mark_miss", ("keys",)),
@@ -47,6 +48,12 @@ def manager_of(connector: Any) -> Any:
 def policy_of(manager: Any) -> Any:
     """The cache policy of a tiering manager's host tier."""
     return manager.primary_tier._policy
+
+
+def chunks_held(manager: Any) -> int:
+    """How many chunks lie in a tiering manager's host tier."""
+    host = manager.primary_tier
+    return int(host._num_chunks - host._get_num_free_chunks())
 
 
 def unname_region(spec: Any) -> None:

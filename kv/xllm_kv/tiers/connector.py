@@ -9,6 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import Of
 from vllm.v1.kv_offload.base import make_offload_key
 
 from xllm_kv.prices import Prices
+from xllm_kv.report import Room
 from xllm_kv.tiers.manager import HOST, GatedManager, Wanted
 from xllm_plugins.compat import kv_tiers
 from xllm_plugins.latency import StepShape, StepTimeModel
@@ -37,6 +38,11 @@ class TiersConnector(OffloadingConnector):  # type: ignore[misc]
     def prices(self) -> Prices | None:
         """What is known of the tiers, in the scheduler's process."""
         return self._manager.prices if self.connector_scheduler is not None else None
+
+    @property
+    def rooms(self) -> dict[str, Room]:
+        """How large each tier is, and how full, in the scheduler's process."""
+        return self._manager.rooms
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int

@@ -24,7 +24,9 @@ from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 
 from xllm_kv.config import Admission
 from xllm_kv.prices import Prices, Run
+from xllm_kv.report import Room
 from xllm_kv.reuse import Reuse
+from xllm_plugins.compat import kv_tiers
 
 HOST = "host"
 _PENDING = (LookupResult.HIT_PENDING, LookupResult.RETRY)
@@ -91,10 +93,18 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
     ) -> None:
         self.prices, self.chunk_bytes = prices, chunk_bytes
         self._inner, self._priced, self._admission, self._clock = inner, priced, admission, clock
+        self._host_bytes = capacity * chunk_bytes
         self._ranks = reuse is not None
         self._reuse = reuse if reuse is not None else Reuse(capacity)
         self._asked: dict[str, _Asked] = {}
         self._probed: dict[str, tuple[OffloadKey, ReqContext]] = {}
+
+    @property
+    def rooms(self) -> dict[str, Room]:
+        """How large each tier is, and how full."""
+        host = Room(kv_tiers.chunks_held(self._inner) * self.chunk_bytes, self._host_bytes)
+        behind = {tier.tier_type: tier.room for tier in self._inner.secondary_tiers}
+        return {HOST: host, **behind}
 
     def plan(self, req_id: str, wanted: Wanted) -> None:
         """Decide how much of a request's prompt is fetched."""

@@ -22,6 +22,7 @@ from vllm.v1.kv_offload.config import OffloadingModelConfig
 
 from tests.contract.xllm_kv.harness import (
     CHUNK,
+    CHUNKS,
     END,
     HIT,
     MISS,
@@ -32,6 +33,7 @@ from tests.contract.xllm_kv.harness import (
     key,
 )
 from xllm_kv.config import Admission
+from xllm_kv.report import Room
 from xllm_kv.tiers.block_file import read_block
 from xllm_kv.tiers.manager import HOST
 from xllm_kv.tiers.spec import TiersSpec
@@ -97,6 +99,8 @@ def test_the_disk_keeps_what_host_memory_gives_up_and_outlives_the_process(tmp_p
     engine.ends(first)
     stored = [event for event in engine.manager.take_events() if not event.removed]
     assert {event.medium.value for event in stored} == {"CPU", "STORAGE"}
+    host, behind = Room(3 * CHUNK, CHUNKS * CHUNK), Room(3 * CHUNK, 100 * CHUNK)
+    assert engine.manager.rooms == {HOST: host, "DiskTier": behind}
     engine.closes()
 
     again = Engine("disk", **disk(tmp_path))
