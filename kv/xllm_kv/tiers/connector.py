@@ -80,6 +80,7 @@ class TiersConnector(OffloadingConnector):  # type: ignore[misc]
             chunk_bytes=self._manager.chunk_bytes,
             prefill_ms=prefill_ms,
             online=said.get(_CLASS) != _OFFLINE,
+            tenant=request.cache_salt or "",
         )
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:

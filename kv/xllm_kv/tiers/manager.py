@@ -42,6 +42,7 @@ class Wanted:
         chunk_tokens, chunk_bytes: of one chunk.
         prefill_ms: how long the first tokens that it lacks take to compute.
         online: the request's class.
+        tenant: the request's cache salt, which its keys depend on.
     """
 
     chains: Sequence[Sequence[OffloadKey]]
@@ -50,6 +51,7 @@ class Wanted:
     chunk_bytes: int
     prefill_ms: Callable[[int], float]
     online: bool = True
+    tenant: str = ""
 
 
 @dataclass
@@ -114,7 +116,7 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
         if not asked.counted:
             asked.counted = True
             for chain in wanted.chains:
-                self._reuse.used(chain, online=wanted.online)
+                self._reuse.used(chain, online=wanted.online, tenant=wanted.tenant)
                 for tier in self._inner.secondary_tiers:
                     tier.touch(chain, asked.context)
         if not self._priced or len(wanted.chains) != 1:

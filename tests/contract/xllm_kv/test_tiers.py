@@ -82,6 +82,18 @@ def test_the_unlikely_is_given_up_for_the_likely(engine: Engine) -> None:
     assert engine.found(engine.request("e", [1, 2]), 1, 2) == [HIT, HIT]
 
 
+def test_a_tenant_above_its_share_makes_room_for_others() -> None:
+    engine = Engine("tenants", xllm={"tenant_share": 0.5})
+    for name in ("b", "c"):
+        engine.keeps(engine.request(name, [1, 2, 3, 4, 5, 6, 7], tenant="large"), list(range(1, 8)))
+    engine.keeps(engine.request("a", [8], online=False, tenant="small"), [8])
+    other = engine.request("d", [9, 10, 11], online=False, tenant="small")
+    assert engine.keeps(other, [9, 10, 11]) == [9, 10, 11]
+    assert engine.found(engine.request("e", [8, 9, 10, 11]), 8, 9, 10, 11) == [HIT] * 4
+    assert engine.found(engine.request("f", [1, 2, 3, 4, 5]), 4, 5) == [HIT, MISS]
+    engine.closes()
+
+
 def test_at_second_use_nothing_is_kept_at_first_sight() -> None:
     engine = Engine("second", xllm={"admission": Admission.SECOND_USE.value})
     first = engine.request("a", [1, 2])
