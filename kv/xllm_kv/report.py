@@ -14,6 +14,7 @@ _COUNTERS = {
     "refused_tokens": "tokens that a tier held and that were computed all the same",
     "late": "fetches that were given up because they took too long",
     "probes": "blocks that were fetched to see whether a slow tier has recovered",
+    "prefetched_bytes": "bytes asked for before their request's turn had come",
     "fetched_bytes": "bytes fetched",
     "fetch_s": "seconds that fetches took",
     "stored_bytes": "bytes written",

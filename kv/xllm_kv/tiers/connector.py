@@ -44,6 +44,14 @@ class TiersConnector(OffloadingConnector):  # type: ignore[misc]
         """How large each tier is, and how full, in the scheduler's process."""
         return self._manager.rooms
 
+    def on_new_request(self, request: Any) -> None:
+        """See vLLM's class; also what only slow tiers hold may be fetched while it waits."""
+        super().on_new_request(request)
+        from_peer = (request.kv_transfer_params or {}).get("do_remote_prefill")
+        if self._manager.prefetches and not (from_peer or request.skip_reading_prefix_cache):
+            held = kv_tiers.tokens_on_device(self, request)
+            self._manager.expect(request.request_id, self._wanted(request, held))
+
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:

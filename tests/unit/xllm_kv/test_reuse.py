@@ -172,9 +172,9 @@ def test_who_is_above_the_share_gives_up_as_long_as_it_can(
     prompts: list[list[int]], capacity: int, share: float
 ) -> None:
     """A prompt's first block says whose it is; every block but the leaves has a child."""
-    reuse, held = Reuse(capacity), dict[int, str]()
+    reuse, held = Reuse(capacity), dict[object, str]()
     reuse.tenant_share = share
-    parents: dict[int, int | None] = {}
+    parents: dict[object, object] = {}
     for prompt in prompts:
         tenant = "abc"[prompt[0] % 3]
         reuse.used(prompt, tenant=tenant)
@@ -184,15 +184,15 @@ def test_who_is_above_the_share_gives_up_as_long_as_it_can(
             reuse.held(key)
         gone = reuse.victims(len(held) - capacity, anything)
         assert len(gone) == max(0, len(held) - capacity)
-        for key in gone:
+        for lost in gone:
             most = share * capacity
             above = {t for t in held.values() if list(held.values()).count(t) > most}
             leaves = {one for one in held if not any(parents[other] == one for other in held)}
-            assert key in leaves
+            assert lost in leaves
             if any(held[leaf] in above for leaf in leaves):
-                assert held[key] in above
-            del held[key]
-            reuse.lost(key)
+                assert held[lost] in above
+            del held[lost]
+            reuse.lost(lost)
 
 
 @given(PROMPTS, st.integers(1, 12))
@@ -209,9 +209,9 @@ def test_without_shares_it_is_all_the_same_whose_a_block_is(
             several.held(key)
         gone = one.victims(len(held) - capacity, anything)
         assert several.victims(len(held) - capacity, anything) == gone
-        for key in gone:
-            one.lost(key)
-            several.lost(key)
+        for lost in gone:
+            one.lost(lost)
+            several.lost(lost)
         held -= set(gone)
 
 
@@ -221,7 +221,7 @@ def test_it_does_not_grow_while_one_tenant_is_always_above() -> None:
     for n in range(5_000):
         reuse.used([n], tenant="a")
         reuse.held(n)
-        for key in reuse.victims(1, anything) if n >= 64 else ():
-            reuse.lost(key)
+        for gone in reuse.victims(1, anything) if n >= 64 else ():
+            reuse.lost(gone)
     entries = [*reuse._leaves, *(leaves for heaps in reuse._apart.values() for leaves in heaps)]
     assert sum(map(len, entries)) < 2 * 3 * (2 * 64 + 64)
