@@ -59,6 +59,13 @@ class KvSection(Section):
     eviction: Eviction = option(
         Eviction.REUSE, "what host memory gives up: by predicted reuse, or vLLM's own lru or arc"
     )
+    tenant_share: float = option(
+        1.0,
+        "of host memory, above which a tenant (a cache salt, or none) gives up its own first; 1 "
+        "for no limit",
+        above=0.0,
+        at_most=1.0,
+    )
     price: bool = option(
         True, "fetch only what is predicted to take less time than computing it; false for always"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import shutil
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from xllm_kv.config import KvSection, Transfer
+from xllm_kv import command
+from xllm_kv.config import Eviction, KvSection, Transfer
 from xllm_kv.report import METRICS, report_of
 from xllm_plugins.compat import inspect_seam
 from xllm_plugins.config import Mode
@@ -36,6 +38,11 @@ def check(section: KvSection) -> None:
         raise ConfigError(
             "kv.remote is not an address; allowed is redis://[USER:PASSWORD@]HOST[:PORT][/DB] or "
             "the same with rediss://."
+        )
+    if section.tenant_share < 1.0 and section.eviction is not Eviction.REUSE:
+        raise ConfigError(
+            f"kv.tenant_share is {section.tenant_share:g} and kv.eviction is "
+            f"{section.eviction.value}, which knows no tenants; allowed is reuse."
         )
     if not section.host_gib and section.transfer is Transfer.NONE:
         raise NotAvailableError("neither kv.host_gib nor kv.transfer is set")
@@ -107,9 +114,13 @@ def _tiers(section: KvSection) -> dict[str, Any]:
         "cpu_bytes_to_use": wanted,
         "self_describing_kv_events": True,
         "eviction_policy": section.eviction.value,
-        "xllm": {"admission": section.admission.value, "price": section.price},
+        "xllm": {
+            "admission": section.admission.value,
+            "tenant_share": section.tenant_share,
+            "price": section.price,
+        },
     }
-    if section.eviction.value == "reuse":
+    if section.eviction is Eviction.REUSE:
         extra["eviction_policy"] = "ReuseCachePolicy"
         extra["cache_policy_module_path"] = "xllm_kv.tiers.cache_policy"
     extra["secondary_tiers"] = _behind(section)
@@ -184,3 +195,9 @@ FEATURE = Feature(
 def xllm_features() -> list[Feature]:
     """The ``kv`` feature."""
     return [FEATURE]
+
+
+@hookimpl
+def xllm_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``xllm kv``."""
+    command.add_command(subparsers)

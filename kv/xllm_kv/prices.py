@@ -70,6 +70,7 @@ class TierCounts:
     refused_tokens: int = 0
     late: int = 0
     probes: int = 0
+    prefetched_bytes: int = 0
     fetched_bytes: int = 0
     fetch_s: float = 0.0
     stored_bytes: int = 0

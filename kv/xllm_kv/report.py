@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from xllm_kv.prices import Prices, TierCounts
 from xllm_plugins.metrics import Metric, Sample
@@ -13,6 +14,7 @@ _COUNTERS = {
     "refused_tokens": "tokens that a tier held and that were computed all the same",
     "late": "fetches that were given up because they took too long",
     "probes": "blocks that were fetched to see whether a slow tier has recovered",
+    "prefetched_bytes": "bytes asked for before their request's turn had come",
     "fetched_bytes": "bytes fetched",
     "fetch_s": "seconds that fetches took",
     "stored_bytes": "bytes written",
@@ -21,13 +23,30 @@ _COUNTERS = {
     "errors": "transfers that failed; what they would have brought was computed",
     "evicted": "blocks given up for others",
 }
+_ROOM = {
+    "used_bytes": "bytes that lie there; in a remote store, what this engine knows of",
+    "size_bytes": "bytes that may lie there; 0 where that is not known",
+}
 METRICS = (
     *(
         Metric(f"kv_{name}", "counter", f"KV tiers: {doc}.", ("tier",))
         for name, doc in _COUNTERS.items()
     ),
+    *(Metric(f"kv_{name}", "gauge", f"KV tiers: {doc}.", ("tier",)) for name, doc in _ROOM.items()),
     Metric("kv_fetch_mib_ms", "gauge", "KV tiers: how long fetching 1 MiB takes, ms.", ("tier",)),
 )
+
+
+class Room(NamedTuple):
+    """A tier's room, in bytes.
+
+    Attributes:
+        used_bytes: of what lies there.
+        size_bytes: of what may; 0 where that is not known.
+    """
+
+    used_bytes: int
+    size_bytes: int
 
 
 def report_of(engine_core: Any) -> Report:
@@ -36,17 +55,19 @@ def report_of(engine_core: Any) -> Report:
     for child in getattr(connector, "sub_connectors", ()):
         prices = getattr(child, "prices", None)
         if prices is not None:
-            return _report(prices)
+            return _report(prices, child.rooms)
     return Report()
 
 
-def _report(prices: Prices) -> Report:
+def _report(prices: Prices, rooms: Mapping[str, Room]) -> Report:
     samples, facts = [], {}
     for tier, counts in prices.counts.items():
         fetch_ms = prices.fetch_ms(tier, 1 << 20)
         samples += [Sample(f"kv_{n}", float(getattr(counts, n)), (tier,)) for n in _COUNTERS]
+        room = rooms[tier]._asdict()
+        samples += [Sample(f"kv_{name}", float(room[name]), (tier,)) for name in _ROOM]
         samples.append(Sample("kv_fetch_mib_ms", fetch_ms, (tier,)))
-        facts[tier] = {**_plain(counts), "fetch_mib_ms": fetch_ms}
+        facts[tier] = {**_plain(counts), **room, "fetch_mib_ms": fetch_ms}
     return Report(samples, {"tiers": facts})
 
 

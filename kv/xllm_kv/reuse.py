@@ -6,24 +6,26 @@ learned by age: uses per exposure (person-time), pooled over the classes where a
 little. What is evicted is the leaf whose place brings the least: the lowest Gittins index of its
 hazard from its age on. Ranking by what a place brings is the idea of LHD (Beckmann et al., NSDI
 2018); the estimator, the session's turn and leaves first are ours. Time is counted in uses of
-blocks.
+blocks. A tenant that takes more than its share gives up its own before anybody else's.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 import random
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
-Key = Hashable
+from xllm_kv.hazard import BUCKETS, STARTS, bucket, indices
 
-_BUCKETS = 24  # ages 0, 1 to 2, 3 to 6 and so on, each twice as wide as the last
-_STARTS = [2.0**k - 1.0 for k in range(_BUCKETS + 1)]
+Key = Hashable
+Leaf = tuple[int, int, int, Key]
+"""When it was used last, how deep it lies (less is deeper), a number, and its key."""
+
 _USES = (2, 3)  # classes: used once, twice, more often
 _POPULAR = 8  # a block used more often is a shared prefix and says nothing about a session
+_CLASSES = 2 * 2 * (len(_USES) + 1)
 _SAMPLE = 256  # blocks whose age is looked at in each round of learning
 _ROUNDS = 16  # of learning while the cache's capacity in blocks is used
 _LEAST_ROUND = 64
@@ -40,6 +42,7 @@ class _Block:
     depth: int
     turn: int
     online: bool
+    tenant: str
     held: bool = False
     children: int = 0
 
@@ -49,19 +52,25 @@ class Reuse:
 
     Args:
         capacity: how many blocks the cache holds.
+
+    Attributes:
+        tenant_share: of the capacity, above which a tenant's own blocks are given up first.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = max(1, capacity)
+        self.tenant_share = 1.0
         self._blocks: dict[Key, _Block] = {}
         self._gone: OrderedDict[Key, None] = OrderedDict()
         self._names: list[Key] = []  # all blocks, for sampling
         self._places: dict[Key, int] = {}
-        classes = 2 * 2 * (len(_USES) + 1)
-        self._leaves: list[list[tuple[int, int, int, Key]]] = [[] for _ in range(classes)]
+        self._leaves = _heaps()
+        self._counts: Counter[str] = Counter()  # blocks held, by tenant
+        # The leaves once more of tenants that have been above their share: few can be.
+        self._apart: dict[str, list[list[Leaf]]] = {}
         self._pushed = self._count = 0
-        self._reused = [[0.0] * _BUCKETS for _ in range(classes)]
-        self._exposed = [[0.0] * _BUCKETS for _ in range(classes)]
+        self._reused = [[0.0] * BUCKETS for _ in range(_CLASSES)]
+        self._exposed = [[0.0] * BUCKETS for _ in range(_CLASSES)]
         self._now = 0
         self._since_round = 0
         self._random = random.Random(0)  # noqa: S311 - a sample, the same in every run
@@ -72,12 +81,13 @@ class Reuse:
         block = self._blocks.get(key)
         return block.uses if block is not None else 0
 
-    def used(self, keys: Sequence[Key], *, online: bool = True) -> None:
+    def used(self, keys: Sequence[Key], *, online: bool = True, tenant: str = "") -> None:
         """Note that a request uses these blocks.
 
         Args:
             keys: from the first block of its prompt on.
             online: whether it is online; the blocks of offline requests are given up first.
+            tenant: whose they are, as no other tenant's request can use them.
         """
         self._now += len(keys)
         self._since_round += len(keys)
@@ -86,13 +96,13 @@ class Reuse:
         for depth, key in enumerate(keys):
             block = self._blocks.get(key)
             if block is None:
-                block = _Block(0, self._now, parent, depth, turn, online)
+                block = _Block(0, self._now, parent, depth, turn, online, tenant)
                 self._blocks[key] = block
                 self._places[key] = len(self._names)
                 self._names.append(key)
                 self._gone[key] = None
             else:
-                self._reused[_class(block)][_bucket(self._now - block.used_at)] += 1.0
+                self._reused[_class(block)][bucket(self._now - block.used_at)] += 1.0
                 if not block.held:
                     self._gone.move_to_end(key)
             block.uses += 1
@@ -115,6 +125,9 @@ class Reuse:
             return
         block.held = True
         self._count += 1
+        self._counts[block.tenant] += 1
+        if self._above(block.tenant) and block.tenant not in self._apart:
+            self._set_apart(block.tenant)
         self._gone.pop(key, None)
         parent = self._blocks.get(block.parent) if block.parent is not None else None
         if parent is not None:
@@ -127,6 +140,7 @@ class Reuse:
         block = self._blocks[key]
         block.held = False
         self._count -= 1
+        self._counts[block.tenant] -= 1
         self._gone[key] = None
         parent = self._blocks.get(block.parent) if block.parent is not None else None
         if parent is not None:
@@ -144,35 +158,35 @@ class Reuse:
             free: whether a block may be given up now.
         """
         chosen: list[Key] = []
-        kept: list[tuple[int, tuple[int, int, int, Key]]] = []
+        kept: list[tuple[list[Leaf], Leaf]] = []
         while len(chosen) < count:
-            found = self._worst()
-            if found is None:
+            leaves = self._worst()
+            if leaves is None:
                 break
-            of, entry = found
-            heapq.heappop(self._leaves[of])
+            entry = heapq.heappop(leaves)
             key = entry[-1]
             if not free(key):
-                kept.append((of, entry))
+                kept.append((leaves, entry))
                 continue
             chosen.append(key)
             self.lost(key)
+        for leaves, entry in kept:
+            heapq.heappush(leaves, entry)
         for key in reversed(chosen):
             self.held(key)
-        for of, entry in kept:
-            heapq.heappush(self._leaves[of], entry)
         return chosen
 
     def worth(self, key: Key) -> bool:
         """Whether a block is more likely to be used soon than what it would push out."""
-        found, block = self._worst(), self._blocks.get(key)
-        if found is None or block is None or self._count < self._capacity:
+        leaves, block = self._worst(), self._blocks.get(key)
+        if leaves is None or block is None or self._count < self._capacity:
             return True
-        of, entry = found
-        age = self._now - entry[0]
-        mine = _class(block)
-        rank = (block.online, self._index[mine][_bucket(self._now - block.used_at)])
-        return rank >= (of >= len(self._leaves) // 2, self._index[of][_bucket(age)])
+        worst = self._blocks[leaves[0][-1]]
+        mine, theirs = (
+            (not self._above(one.tenant), *self._rank(_class(one), one.used_at))
+            for one in (block, worst)
+        )
+        return mine >= theirs
 
     def clear(self) -> None:
         """Hold nothing any more; what was learned stays."""
@@ -182,6 +196,8 @@ class Reuse:
         for block in self._blocks.values():
             block.children = 0
         self._count = 0
+        self._counts.clear()
+        self._apart.clear()
 
     def _turn(self, keys: Sequence[Key]) -> int:
         """Which turn of a session this is: one more than that of the deepest block known."""
@@ -193,22 +209,53 @@ class Reuse:
             turn = block.turn + 1 if block.uses <= _POPULAR else 1
         return turn
 
-    def _worst(self) -> tuple[int, tuple[int, int, int, Key]] | None:
-        """The leaf that is least likely to be used, with its class; offline ones before others."""
+    def _worst(self) -> list[Leaf] | None:
+        """The heap that begins with the leaf to give up first; None without any."""
+        above = [heaps for tenant, heaps in self._apart.items() if self._above(tenant)]
+        own = self._worst_of(leaves for heaps in above for leaves in heaps)
+        return own if own is not None else self._worst_of(self._leaves)
+
+    def _worst_of(self, heaps: Iterable[list[Leaf]]) -> list[Leaf] | None:
         best: tuple[bool, float] | None = None
         found = None
-        for of, leaves in enumerate(self._leaves):
+        for number, leaves in enumerate(heaps):
+            of = number % _CLASSES
             while leaves and not self._is_leaf(leaves[0], of):
                 heapq.heappop(leaves)
             if not leaves:
                 continue
-            age = self._now - leaves[0][0]
-            rank = (of >= len(self._leaves) // 2, self._index[of][_bucket(age)])
+            rank = self._rank(of, leaves[0][0])
             if best is None or rank < best:
-                best, found = rank, (of, leaves[0])
+                best, found = rank, leaves
         return found
 
-    def _is_leaf(self, entry: tuple[int, int, int, Key], of: int) -> bool:
+    def _rank(self, of: int, used_at: int) -> tuple[bool, float]:
+        """Lower is given up before: offline blocks, then what is unlikely to be used soon."""
+        return of >= _CLASSES // 2, self._index[of][bucket(self._now - used_at)]
+
+    def _above(self, tenant: str) -> bool:
+        share = self.tenant_share
+        return share < 1.0 and self._counts[tenant] > share * self._capacity
+
+    def _set_apart(self, tenant: str) -> None:
+        self._apart[tenant] = heaps = _heaps()
+        for leaves, own in zip(self._leaves, heaps, strict=True):
+            known = ((entry, self._blocks.get(entry[-1])) for entry in leaves)
+            own += [entry for entry, block in known if block and block.tenant == tenant]
+            heapq.heapify(own)
+
+    def _tidy(self) -> None:
+        """Drop what is no leaf any more, and the heaps of tenants far below their share."""
+        self._counts += Counter()
+        least = self.tenant_share * self._capacity / 2
+        self._apart = {t: heaps for t, heaps in self._apart.items() if self._counts[t] > least}
+        for heaps in (self._leaves, *self._apart.values()):
+            if sum(map(len, heaps)) > 2 * self._count + _LEAST_ROUND:
+                for of, leaves in enumerate(heaps):
+                    leaves[:] = {e[-1]: e for e in leaves if self._is_leaf(e, of)}.values()
+                    heapq.heapify(leaves)
+
+    def _is_leaf(self, entry: Leaf, of: int) -> bool:
         block = self._blocks.get(entry[-1])
         return (
             block is not None
@@ -222,6 +269,8 @@ class Reuse:
         self._pushed += 1
         entry = (block.used_at, -block.depth, self._pushed, key)
         heapq.heappush(self._leaves[_class(block)], entry)
+        if block.tenant in self._apart:
+            heapq.heappush(self._apart[block.tenant][_class(block)], entry)
 
     def _forget(self, key: Key) -> None:
         del self._blocks[key]
@@ -235,16 +284,17 @@ class Reuse:
             weight = len(self._names) / _SAMPLE * self._since_round
             for _ in range(_SAMPLE):
                 block = self._blocks[self._names[self._random.randrange(len(self._names))]]
-                self._exposed[_class(block)][_bucket(self._now - block.used_at)] += weight
+                self._exposed[_class(block)][bucket(self._now - block.used_at)] += weight
         self._since_round = 0
+        self._tidy()
         pooled = [
             (sum(row[k] for row in self._reused) + 0.1)
-            / (sum(row[k] for row in self._exposed) + 0.4 * (_STARTS[k] + 1.0))
-            for k in range(_BUCKETS)
+            / (sum(row[k] for row in self._exposed) + 0.4 * (STARTS[k] + 1.0))
+            for k in range(BUCKETS)
         ]
         self._index = [
-            _indices(
-                [(reused[k] + _PRIOR) / (exposed[k] + _PRIOR / pooled[k]) for k in range(_BUCKETS)]
+            indices(
+                [(reused[k] + _PRIOR) / (exposed[k] + _PRIOR / pooled[k]) for k in range(BUCKETS)]
             )
             for reused, exposed in zip(self._reused, self._exposed, strict=True)
         ]
@@ -253,32 +303,12 @@ class Reuse:
                 row[:] = [value * _DECAY for value in row]
 
 
-def _bucket(age: int) -> int:
-    return min(_BUCKETS - 1, (age + 1).bit_length() - 1)
+def _heaps() -> list[list[Leaf]]:
+    """Leaves by class, in each the one that was used longest ago first."""
+    return [[] for _ in range(_CLASSES)]
 
 
 def _class(block: _Block) -> int:
     """By whether the request is online, uses, and whether the session has had a turn before."""
     uses = sum(block.uses >= least for least in _USES)
     return ((2 if block.online else 0) * (len(_USES) + 1)) + 2 * uses + (block.turn > 1)
-
-
-def _indices(hazards: Sequence[float]) -> list[float]:
-    """What keeping a block brings for the place that it takes, by the bucket of its age now.
-
-    The largest ratio, over how long it is kept unless used before, of the probability of a use to
-    the expected time until then: Gittins' index.
-    """
-    found = []
-    for start in range(_BUCKETS):
-        width = (_STARTS[start + 1] - _STARTS[start]) / 2.0  # in the middle of its bucket
-        survives, lasted, best = 1.0, 0.0, 0.0
-        for bucket in range(start, _BUCKETS):
-            hazard = hazards[bucket]
-            left = survives * math.exp(-hazard * width)
-            lasted += (survives - left) / hazard if hazard > 0.0 else survives * width
-            survives = left
-            best = max(best, (1.0 - survives) / lasted)
-            width = _STARTS[bucket + 2] - _STARTS[bucket + 1] if bucket + 2 <= _BUCKETS else 0.0
-        found.append(best)
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,16 @@ SEAM = (
         f"{_V1}.offloading_connector:OffloadingConnector.update_connector_output",
         ("self", "connector_output"),
     ),
+    Target(f"{_V1}.offloading_connector:OffloadingConnector.on_new_request", ("self", "request")),
+    Target(f"{_V1}.base:KVConnectorBase_V1.bind_kv_cache_manager", ("self", "kv_cache_manager")),
+    Target("vllm.v1.core.block_pool:BlockPool.get_cached_block", ("self", "block_hash")),
     Target(f"{_V1}.offloading.common:OffloadingWorkerMetadata"),
     Target(f"{_KV}.tiering.spec:TieringOffloadingSpec.get_manager", ("self",)),
     Target(f"{_KV}.tiering.spec:TieringOffloadingSpec.create_worker", ("self", "kv_caches")),
     Target(f"{_KV}.tiering.manager:TieringOffloadingManager.lookup", ("key", "req_context")),
     Target(f"{_KV}.tiering.manager:TieringOffloadingManager.prepare_store", ("keys",)),
     Target(f"{_KV}.tiering.base:SecondaryTierManager.submit_load", ("self", "job_metadata")),
+    Target(f"{_KV}.cpu.manager:CPUOffloadingManager._get_num_free_chunks", ("self",)),
     Target(f"{_KV}.tiering.async_lookup:AsyncLookupManager.lookup", ("key", "req_context")),
     Target(f"{_KV}.tiering.async_lookup:AsyncLookupManager.batch_lookup", ("keys",)),
     Target(f"{_KV}.tiering.async_lookup:AsyncLookupManager.mark_miss", ("keys",)),
@@ -47,6 +52,19 @@ def manager_of(connector: Any) -> Any:
 def policy_of(manager: Any) -> Any:
     """The cache policy of a tiering manager's host tier."""
     return manager.primary_tier._policy
+
+
+def tokens_on_device(connector: Any, request: Any) -> int:
+    """Leading tokens of a request that a scheduler's first KV cache group holds."""
+    pool = connector._kv_cache_manager.block_pool
+    held = takewhile(lambda one: pool.get_cached_block(one, [0]), request.block_hashes)
+    return sum(1 for _ in held) * int(pool.hash_block_size)
+
+
+def chunks_held(manager: Any) -> int:
+    """How many chunks lie in a tiering manager's host tier."""
+    host = manager.primary_tier
+    return int(host._num_chunks - host._get_num_free_chunks())
 
 
 def unname_region(spec: Any) -> None:

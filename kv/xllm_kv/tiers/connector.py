@@ -9,6 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import Of
 from vllm.v1.kv_offload.base import make_offload_key
 
 from xllm_kv.prices import Prices
+from xllm_kv.report import Room
 from xllm_kv.tiers.manager import HOST, GatedManager, Wanted
 from xllm_plugins.compat import kv_tiers
 from xllm_plugins.latency import StepShape, StepTimeModel
@@ -37,6 +38,19 @@ class TiersConnector(OffloadingConnector):  # type: ignore[misc]
     def prices(self) -> Prices | None:
         """What is known of the tiers, in the scheduler's process."""
         return self._manager.prices if self.connector_scheduler is not None else None
+
+    @property
+    def rooms(self) -> dict[str, Room]:
+        """How large each tier is, and how full, in the scheduler's process."""
+        return self._manager.rooms
+
+    def on_new_request(self, request: Any) -> None:
+        """See vLLM's class; also what only slow tiers hold may be fetched while it waits."""
+        super().on_new_request(request)
+        from_peer = (request.kv_transfer_params or {}).get("do_remote_prefill")
+        if self._manager.prefetches and not (from_peer or request.skip_reading_prefix_cache):
+            held = kv_tiers.tokens_on_device(self, request)
+            self._manager.expect(request.request_id, self._wanted(request, held))
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
@@ -74,6 +88,7 @@ class TiersConnector(OffloadingConnector):  # type: ignore[misc]
             chunk_bytes=self._manager.chunk_bytes,
             prefill_ms=prefill_ms,
             online=said.get(_CLASS) != _OFFLINE,
+            tenant=request.cache_salt or "",
         )
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext
 
+from xllm_kv.report import Room
 from xllm_kv.tiers.block_file import read_block, write_block
 from xllm_kv.tiers.store import StoreTier
 
@@ -32,6 +33,12 @@ class DiskTier(StoreTier):
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._most = max(1, capacity // self.block_size_bytes)
         self._kept: OrderedDict[bytes, None] = OrderedDict()
+
+    @property
+    def room(self) -> Room:
+        """See the class above."""
+        size = self.block_size_bytes
+        return Room(len(self._kept) * size, self._most * size)
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """See vLLM's class."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +25,14 @@ from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 
 from xllm_kv.config import Admission
 from xllm_kv.prices import Prices, Run
+from xllm_kv.report import Room
 from xllm_kv.reuse import Reuse
+from xllm_plugins.compat import kv_tiers
 
 HOST = "host"
 _PENDING = (LookupResult.HIT_PENDING, LookupResult.RETRY)
+_AHEAD = 0.25  # of host memory, for requests whose turn has not come
+_AHEAD_MS = 50.0  # of one of a tier's two threads at once, for these
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Wanted:
         chunk_tokens, chunk_bytes: of one chunk.
         prefill_ms: how long the first tokens that it lacks take to compute.
         online: the request's class.
+        tenant: the request's cache salt, which its keys depend on.
     """
 
     chains: Sequence[Sequence[OffloadKey]]
@@ -48,6 +54,7 @@ class Wanted:
     chunk_bytes: int
     prefill_ms: Callable[[int], float]
     online: bool = True
+    tenant: str = ""
 
 
 @dataclass
@@ -91,22 +98,38 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
     ) -> None:
         self.prices, self.chunk_bytes = prices, chunk_bytes
         self._inner, self._priced, self._admission, self._clock = inner, priced, admission, clock
+        self._host_bytes = capacity * chunk_bytes
         self._ranks = reuse is not None
         self._reuse = reuse if reuse is not None else Reuse(capacity)
         self._asked: dict[str, _Asked] = {}
         self._probed: dict[str, tuple[OffloadKey, ReqContext]] = {}
+        self._expected: dict[str, Wanted] = {}
+        self._ahead: Counter[str] = Counter()  # bytes, by request
+
+    @property
+    def rooms(self) -> dict[str, Room]:
+        """How large each tier is, and how full."""
+        host = Room(kv_tiers.chunks_held(self._inner) * self.chunk_bytes, self._host_bytes)
+        behind = {tier.tier_type: tier.room for tier in self._inner.secondary_tiers}
+        return {HOST: host, **behind}
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether it is of use to say early what will be wanted."""
+        return self._priced and bool(self._inner.secondary_tiers)
+
+    def expect(self, req_id: str, wanted: Wanted) -> None:
+        """A request waits in the queue: what only slower tiers hold of it may be brought nearer."""
+        if self.prefetches and len(wanted.chains) == 1:
+            self._expected[req_id] = wanted
 
     def plan(self, req_id: str, wanted: Wanted) -> None:
         """Decide how much of a request's prompt is fetched."""
+        self._forget(req_id)
         asked = self._asked.get(req_id)
         if asked is None:
             return
-        if not asked.counted:
-            asked.counted = True
-            for chain in wanted.chains:
-                self._reuse.used(chain, online=wanted.online)
-                for tier in self._inner.secondary_tiers:
-                    tier.touch(chain, asked.context)
+        self._used(asked, wanted)
         if not self._priced or len(wanted.chains) != 1:
             return  # the parts of several groups are only of use together
         runs, known = self._runs(asked, wanted)
@@ -118,6 +141,15 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
         asked.patience_s = fetch.deadline_ms / 1e3
         if fetch.probe is not None:
             self._probe(asked, wanted, runs, fetch.probe)
+
+    def _used(self, asked: _Asked, wanted: Wanted) -> None:
+        if asked.counted:
+            return
+        asked.counted = True
+        for chain in wanted.chains:
+            self._reuse.used(chain, online=wanted.online, tenant=wanted.tenant)
+            for tier in self._inner.secondary_tiers:
+                tier.touch(chain, asked.context)
 
     def _runs(self, asked: _Asked, wanted: Wanted) -> tuple[list[Run], bool]:
         """Where what the device lacks lies, as far as it may lie anywhere, and whether it does."""
@@ -147,6 +179,48 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
             if run.tier == tier:
                 self._probed[asked.context.req_id] = (key, asked.context)
                 return
+
+    def _forget(self, req_id: str) -> None:
+        """A request waits no longer."""
+        self._expected.pop(req_id, None)
+        self._ahead.pop(req_id, None)
+
+    def _prefetch(self) -> None:
+        """Bring a piece of what waits first to host memory, online before offline.
+
+        Nothing is begun while anything is read, so that no load has to wait for it.
+        """
+        tiers = self._inner.secondary_tiers
+        room = max(self.chunk_bytes, int(_AHEAD * self._host_bytes)) - self._ahead.total()
+        if not self._expected or room < self.chunk_bytes or any(tier.busy for tier in tiers):
+            return
+        req_id = min(self._expected, key=lambda one: not self._expected[one].online)
+        asked, wanted = self._asked[req_id], self._expected[req_id]
+        self._used(asked, wanted)
+        runs, known = self._runs(asked, wanted)
+        fetch = self.prices.choose(runs, wanted.prefill_ms, self._clock(), counted=False)
+        if fetch.probe is not None:
+            self._probe(asked, wanted, runs, fetch.probe)
+        chunks = -(-fetch.tokens // wanted.chunk_tokens)
+        chain = wanted.chains[0][wanted.first : wanted.first + chunks]
+        behind = [pair for pair in zip(chain, runs, strict=False) if pair[1].tier != HOST]
+        begun = self._begun(behind[: room // self.chunk_bytes], asked.context)
+        self._ahead[req_id] += begun
+        if known and not begun:
+            del self._expected[req_id]  # it is all there, does not pay, or finds no room
+
+    def _begun(self, behind: Sequence[tuple[OffloadKey, Run]], context: ReqContext) -> int:
+        """Begin to fetch the first of these, as many as do not take long; bytes."""
+        kv_bytes = 0
+        for key, run in behind:
+            ahead_ms = self.prices.fetch_ms(run.tier, kv_bytes + run.kv_bytes)
+            if run.tier != behind[0][1].tier or (kv_bytes and ahead_ms > _AHEAD_MS):
+                break
+            if self._inner.lookup(key, context) is not LookupResult.HIT_PENDING:
+                break
+            kv_bytes += run.kv_bytes
+            self.prices.counts[run.tier].prefetched_bytes += run.kv_bytes
+        return kv_bytes
 
     def _look(self) -> None:
         """Look for what is probed, which a tier may take a while to answer."""
@@ -211,6 +285,7 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
         """See vLLM's class."""
         self._asked.pop(req_context.req_id, None)
         self._probed.pop(req_context.req_id, None)
+        self._forget(req_context.req_id)
         self._inner.on_request_finished(req_context)
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> Any:
@@ -242,6 +317,7 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """See vLLM's class."""
         self._look()
+        self._prefetch()
         self._inner.on_schedule_end(context)
 
     def has_pending_work(self) -> bool:

@@ -27,6 +27,7 @@ from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from xllm_kv.plugin import remote_url
+from xllm_kv.report import Room
 from xllm_kv.tiers.block_format import BlockError, head_of, unpack
 from xllm_kv.tiers.store import StoreTier
 
@@ -63,6 +64,11 @@ class RemoteTier(StoreTier):
             retry=Retry(NoBackoff(), 0),
         )
         self._questions = _Questions(self)
+
+    @property
+    def room(self) -> Room:
+        """See the class above; what it may keep is the store's own setting."""
+        return Room(len(self._told) * self.block_size_bytes, 0)
 
     @property
     def busy(self) -> bool:

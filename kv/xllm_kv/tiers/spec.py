@@ -42,9 +42,12 @@ class TiersSpec(TieringOffloadingSpec):  # type: ignore[misc]
             kv_tiers.unname_region(self)
             policy = kv_tiers.policy_of(inner)
             settings: dict[str, Any] = self.extra_config["xllm"]
+            reuse = policy.reuse if isinstance(policy, ReuseCachePolicy) else None
+            if reuse is not None:
+                reuse.tenant_share = settings["tenant_share"]
             self._gated = GatedManager(
                 inner,
-                policy.reuse if isinstance(policy, ReuseCachePolicy) else None,
+                reuse,
                 self.prices,
                 priced=settings["price"],
                 admission=Admission(settings["admission"]),

@@ -19,6 +19,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from xllm_kv.prices import Prices
+from xllm_kv.report import Room
 from xllm_kv.tiers.block_format import BlockError
 from xllm_kv.tiers.identity import identity
 
@@ -91,6 +92,11 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]
     @abstractmethod
     def _unread(self, keys: Collection[OffloadKey], error: Exception | None) -> None:
         """Note what could not be read, of which the first one failed."""
+
+    @property
+    @abstractmethod
+    def room(self) -> Room:
+        """How large it is, and how full."""
 
     @property
     def busy(self) -> bool:

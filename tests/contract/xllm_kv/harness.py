@@ -37,7 +37,12 @@ def key(number: int) -> Any:
 
 
 def config(engine: str, **extra: Any) -> OffloadingConfig:
-    settings = {"admission": "predicted", "price": True, **extra.pop("xllm", {})}
+    settings = {
+        "admission": "predicted",
+        "tenant_share": 1.0,
+        "price": True,
+        **extra.pop("xllm", {}),
+    }
     return OffloadingConfig(
         groups=(OffloadingGroupConfig(TOKENS, ("layer",), 0),),
         worker_kv_bytes_per_block=CHUNK,
@@ -70,12 +75,12 @@ class Engine:
         self.jobs = 0
 
     def request(
-        self, name: str, numbers: list[int], prefill_ms: float = 100.0, *, online: bool = True
+        self, name: str, numbers: list[int], prefill_ms: float = 100.0, **more: Any
     ) -> ReqContext:
         """A request for a prompt of these blocks, none of them on the device."""
         context = ReqContext(name)
         self.manager.on_new_request(context)
-        self.plans(context, numbers, prefill_ms, online=online)
+        self.plans(context, numbers, prefill_ms, **more)
         return context
 
     def plans(
@@ -83,13 +88,11 @@ class Engine:
         context: ReqContext,
         numbers: list[int],
         prefill_ms: float = 100.0,
-        *,
-        online: bool = True,
+        **more: Any,
     ) -> None:
         """What is fetched for it is decided, as in every step that it waits."""
-        wanted = Wanted(
-            [[key(n) for n in numbers]], 0, TOKENS, CHUNK, lambda count: prefill_ms * count, online
-        )
+        chains, prefill = [[key(n) for n in numbers]], lambda count: prefill_ms * count
+        wanted = Wanted(chains, 0, TOKENS, CHUNK, prefill, **more)
         self.manager.plan(context.req_id, wanted)
 
     def keeps(self, context: ReqContext, numbers: list[int]) -> list[int]:

@@ -22,6 +22,7 @@ from vllm.v1.kv_offload.config import OffloadingModelConfig
 
 from tests.contract.xllm_kv.harness import (
     CHUNK,
+    CHUNKS,
     END,
     HIT,
     MISS,
@@ -32,6 +33,7 @@ from tests.contract.xllm_kv.harness import (
     key,
 )
 from xllm_kv.config import Admission
+from xllm_kv.report import Room
 from xllm_kv.tiers.block_file import read_block
 from xllm_kv.tiers.manager import HOST
 from xllm_kv.tiers.spec import TiersSpec
@@ -80,6 +82,18 @@ def test_the_unlikely_is_given_up_for_the_likely(engine: Engine) -> None:
     assert engine.found(engine.request("e", [1, 2]), 1, 2) == [HIT, HIT]
 
 
+def test_a_tenant_above_its_share_makes_room_for_others() -> None:
+    engine = Engine("tenants", xllm={"tenant_share": 0.5})
+    for name in ("b", "c"):
+        engine.keeps(engine.request(name, [1, 2, 3, 4, 5, 6, 7], tenant="large"), list(range(1, 8)))
+    engine.keeps(engine.request("a", [8], online=False, tenant="small"), [8])
+    other = engine.request("d", [9, 10, 11], online=False, tenant="small")
+    assert engine.keeps(other, [9, 10, 11]) == [9, 10, 11]
+    assert engine.found(engine.request("e", [8, 9, 10, 11]), 8, 9, 10, 11) == [HIT] * 4
+    assert engine.found(engine.request("f", [1, 2, 3, 4, 5]), 4, 5) == [HIT, MISS]
+    engine.closes()
+
+
 def test_at_second_use_nothing_is_kept_at_first_sight() -> None:
     engine = Engine("second", xllm={"admission": Admission.SECOND_USE.value})
     first = engine.request("a", [1, 2])
@@ -97,6 +111,8 @@ def test_the_disk_keeps_what_host_memory_gives_up_and_outlives_the_process(tmp_p
     engine.ends(first)
     stored = [event for event in engine.manager.take_events() if not event.removed]
     assert {event.medium.value for event in stored} == {"CPU", "STORAGE"}
+    host, behind = Room(3 * CHUNK, CHUNKS * CHUNK), Room(3 * CHUNK, 100 * CHUNK)
+    assert engine.manager.rooms == {HOST: host, "DiskTier": behind}
     engine.closes()
 
     again = Engine("disk", **disk(tmp_path))

@@ -98,6 +98,42 @@ def test_an_empty_cache_takes_everything_and_a_full_one_what_is_worth_it() -> No
     assert not reuse.worth(5)
 
 
+def test_a_tenant_above_its_share_gives_up_its_own_first() -> None:
+    reuse = Reuse(10)
+    reuse.tenant_share = 0.5
+    reuse.used([1, 2], tenant="small", online=False)
+    for n in range(10, 18):
+        reuse.used([n], tenant="large")
+    for key in (1, 2, *range(10, 18)):
+        reuse.held(key)
+    # Down to its five, and only then what would go first without shares.
+    assert reuse.victims(5, anything) == [10, 11, 12, 2, 1]
+
+
+def test_what_may_not_go_of_a_tenant_above_its_share_does_not_keep_others_from_going() -> None:
+    reuse = Reuse(4)
+    reuse.tenant_share = 0.5
+    for n in range(4):
+        reuse.used([n], tenant="large" if n else "small")
+        reuse.held(n)
+    assert reuse.victims(2, lambda key: key != 1) == [2, 0]
+    assert reuse.victims(2, lambda key: key == 0) == [0]
+    assert reuse.victims(2, anything) == [1, 0]
+
+
+def test_a_tenant_within_its_share_may_push_out_who_is_above() -> None:
+    reuse = Reuse(4)
+    reuse.tenant_share = 0.5
+    for _ in range(3):
+        reuse.used([1, 2, 3, 4], tenant="large")
+    for key in (1, 2, 3, 4):
+        reuse.held(key)
+    reuse.used([5], tenant="small", online=False)
+    assert reuse.worth(5)
+    reuse.used([6], tenant="large", online=False)
+    assert not reuse.worth(6)
+
+
 PROMPTS = st.lists(
     st.lists(st.integers(0, 5), min_size=1, max_size=4).map(
         # A block stands for all before it, as its hash does.
@@ -129,3 +165,63 @@ def test_it_never_gives_up_what_it_does_not_hold_nor_a_parent_before_its_child(
         assert len(held) <= capacity
     reuse.clear()
     assert reuse.victims(1, anything) == []
+
+
+@given(PROMPTS, st.integers(1, 12), st.sampled_from([0.1, 0.4, 0.7]))
+def test_who_is_above_the_share_gives_up_as_long_as_it_can(
+    prompts: list[list[int]], capacity: int, share: float
+) -> None:
+    """A prompt's first block says whose it is; every block but the leaves has a child."""
+    reuse, held = Reuse(capacity), dict[object, str]()
+    reuse.tenant_share = share
+    parents: dict[object, object] = {}
+    for prompt in prompts:
+        tenant = "abc"[prompt[0] % 3]
+        reuse.used(prompt, tenant=tenant)
+        parents |= dict(zip(prompt, [None, *prompt], strict=False))
+        for key in prompt:
+            held[key] = tenant
+            reuse.held(key)
+        gone = reuse.victims(len(held) - capacity, anything)
+        assert len(gone) == max(0, len(held) - capacity)
+        for lost in gone:
+            most = share * capacity
+            above = {t for t in held.values() if list(held.values()).count(t) > most}
+            leaves = {one for one in held if not any(parents[other] == one for other in held)}
+            assert lost in leaves
+            if any(held[leaf] in above for leaf in leaves):
+                assert held[lost] in above
+            del held[lost]
+            reuse.lost(lost)
+
+
+@given(PROMPTS, st.integers(1, 12))
+def test_without_shares_it_is_all_the_same_whose_a_block_is(
+    prompts: list[list[int]], capacity: int
+) -> None:
+    one, several, held = Reuse(capacity), Reuse(capacity), set[int]()
+    for prompt in prompts:
+        one.used(prompt)
+        several.used(prompt, tenant="abc"[prompt[0] % 3])
+        held |= set(prompt)
+        for key in prompt:
+            one.held(key)
+            several.held(key)
+        gone = one.victims(len(held) - capacity, anything)
+        assert several.victims(len(held) - capacity, anything) == gone
+        for lost in gone:
+            one.lost(lost)
+            several.lost(lost)
+        held -= set(gone)
+
+
+def test_it_does_not_grow_while_one_tenant_is_always_above() -> None:
+    reuse = Reuse(64)
+    reuse.tenant_share = 0.25
+    for n in range(5_000):
+        reuse.used([n], tenant="a")
+        reuse.held(n)
+        for gone in reuse.victims(1, anything) if n >= 64 else ():
+            reuse.lost(gone)
+    entries = [*reuse._leaves, *(leaves for heaps in reuse._apart.values() for leaves in heaps)]
+    assert sum(map(len, entries)) < 2 * 3 * (2 * 64 + 64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xllm_kv.config import KvSection
+from xllm_kv.config import Eviction, KvSection
 from xllm_kv.plugin import check
 from xllm_plugins.errors import ConfigError, NotAvailableError
 
@@ -27,6 +27,11 @@ def test_addresses_are_accepted(url: str) -> None:
 def test_what_lies_behind_host_memory_needs_it(behind: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=f"kv.{next(iter(behind))} is set and kv.host_gib is 0"):
         check(KvSection(**behind))  # type: ignore[arg-type]
+
+
+def test_shares_of_tenants_need_our_eviction() -> None:
+    with pytest.raises(ConfigError, match=r"kv.tenant_share is 0.5 and kv.eviction is lru"):
+        check(KvSection(host_gib=1.0, tenant_share=0.5, eviction=Eviction.LRU))
 
 
 def test_without_anything_to_do_it_stands_back() -> None:
