@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.lab.belady import most_hits
+from benchmarks.lab.caches import Lru
 from benchmarks.lab.model import ROOT
 from benchmarks.lab.routing_rules import VllmRouterKvAware
 from xllm_scheduler.service.config import RouterSection, routing_of
@@ -121,20 +123,36 @@ def goodput(path: Path, policy: str, slice_s: float) -> tuple[float, float]:
     return best, factor
 
 
-def possible_hits(path: Path, seconds: float) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Possible:
     """Shares of the prompt tokens that one pooled cache would have had.
 
-    Returns:
-        With perfect eviction in as much memory as all instances have, and without bound.
+    Attributes:
+        belady: in as much memory as all instances have, perfectly evicted.
+        lru: in the same, evicted as vLLM does.
+        unbounded: with nothing evicted.
     """
+
+    belady: float
+    lru: float
+    unbounded: float
+
+
+def possible_hits(path: Path, seconds: float) -> Possible:
+    """What no routing can exceed, and what it could reach with vLLM's eviction."""
     asks = between(_trace(path), 0.0, seconds)
     blocks = [ask.hash_ids for ask in asks]
     tokens = sum(ask.prompt_tokens for ask in asks)
     capacity = INSTANCES * _engine().kv_tokens // TRACE_BLOCK
-    return tuple(most_hits(blocks, size) * TRACE_BLOCK / tokens for size in (capacity, 1 << 40))  # type: ignore[return-value]
+    pooled, found = Lru(capacity), 0
+    for one in blocks:
+        found += sum(1 for _ in itertools.takewhile(pooled.__contains__, one))
+        pooled.use(one)
+    hits = most_hits(blocks, capacity), found, most_hits(blocks, 1 << 40)
+    return Possible(*(one * TRACE_BLOCK / tokens for one in hits))
 
 
-def table(results: Mapping[str, Result], possible: tuple[float, float]) -> Table:
+def table(results: Mapping[str, Result], possible: Possible) -> Table:
     """All policies."""
     made = Table(title=f"TTFT {SLO.ttft_ms:g} ms, TPOT {SLO.tpot_ms:g} ms")
     for heading in (
@@ -144,7 +162,7 @@ def table(results: Mapping[str, Result], possible: tuple[float, float]) -> Table
         made.add_column(heading, justify="left" if heading == "routing" else "right")
     for name, one in results.items():
         made.add_row(
-            name, f"{one.hits:.1%}", f"{one.hits / possible[0]:.2f}", f"{one.attainment:.1%}",
+            name, f"{one.hits:.1%}", f"{one.hits / possible.belady:.2f}", f"{one.attainment:.1%}",
             f"{one.ttft_p50_ms:.0f}", f"{one.ttft_p90_ms:.0f}", f"{one.tpot_p90_ms:.1f}",
             f"{one.goodput_s:.2f}", f"{one.factor:.2f}",
         )  # fmt: skip
@@ -175,9 +193,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         possible = possible_hits(path, options.seconds)
         print(
-            f"possible: {possible[0]:.1%} of the prompt tokens in as much memory, perfectly", end=""
+            f"possible: {possible.belady:.1%} of the prompt tokens in as much memory, perfectly "
+            f"evicted; {possible.lru:.1%} evicted as vLLM does; {possible.unbounded:.1%} without "
+            "bound",
+            flush=True,
         )
-        print(f" evicted; {possible[1]:.1%} without bound", flush=True)
         results = {}
         for name, run in runs.items():
             results[name] = run.result()
@@ -188,14 +208,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: {best:.2f}/s in time at {factor:.2f} times the rate", flush=True)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     document = {name: dataclasses.asdict(one) for name, one in results.items()}
-    options.json.write_text(json.dumps({"possible": possible, **document}, indent=1) + "\n")
+    options.json.write_text(
+        json.dumps({"possible": dataclasses.asdict(possible), **document}, indent=1) + "\n"
+    )
     Console(width=None if sys.stdout.isatty() else 180).print(table(results, possible))
     if not {OURS, "round_robin"} <= results.keys():
         return 0
     mine, turns = results[OURS], results["round_robin"]
     claims = {
         f"hits at least {CLAIM_OF_HITS:g} of the possible": mine.hits
-        >= CLAIM_OF_HITS * possible[0],
+        >= CLAIM_OF_HITS * possible.belady,
         f"TTFT p50 at most {CLAIM_OF_TTFT:g} of round robin's": mine.ttft_p50_ms
         <= CLAIM_OF_TTFT * turns.ttft_p50_ms,
         f"goodput at least {CLAIM_OF_GOODPUT:g} of round robin's": mine.goodput_s
