@@ -75,7 +75,7 @@ class Engine:
         self.jobs = 0
 
     def request(
-        self, name: str, numbers: list[int], prefill_ms: float = 100.0, **more: Any
+        self, name: str, numbers: list[int], prefill_ms: float = 10_000.0, **more: Any
     ) -> ReqContext:
         """A request for a prompt of these blocks, none of them on the device."""
         context = ReqContext(name)
@@ -87,7 +87,7 @@ class Engine:
         self,
         context: ReqContext,
         numbers: list[int],
-        prefill_ms: float = 100.0,
+        prefill_ms: float = 10_000.0,
         **more: Any,
     ) -> None:
         """What is fetched for it is decided, as in every step that it waits."""
