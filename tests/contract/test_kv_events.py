@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -38,6 +39,16 @@ class Lossy(ZmqEventPublisher):  # type: ignore[misc]
             super().publish(events)
 
 
+def _is_free(port: int) -> bool:
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as ZMQ binds
+        try:
+            tried.bind(("", port))
+        except OSError:
+            return False
+        return True
+
+
 class Engine:
     """An engine's publisher."""
 
@@ -50,6 +61,7 @@ class Engine:
             0, f"tcp://*:{port}", f"tcp://*:{replay_port}", buffer_steps=buffer_steps
         )
         self._publisher = Ledger(self.lossy, "m", SIZE, (0,))
+        self._ended = False
 
     def stores(self, blocks: int, start: int = 0) -> None:
         """Publish blocks ``start`` to ``blocks`` of the prompt, in a batch."""
@@ -72,7 +84,16 @@ class Engine:
         return Snapshot.read(taken)
 
     def ends(self) -> None:
+        """Stop publishing, and wait until ZMQ's own thread has given the addresses back."""
+        if self._ended:  # another one may have its addresses now
+            return
+        self._ended = True
         self._publisher.shutdown()
+        until_s = time.monotonic() + 10.0
+        for address in (*self.record.kv_events, *self.record.kv_replay):
+            while not _is_free(int(address.rpartition(":")[2])):
+                assert time.monotonic() < until_s, f"{address} is never given back"
+                time.sleep(0.01)
 
 
 @pytest.fixture
