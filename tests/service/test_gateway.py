@@ -367,6 +367,7 @@ async def test_what_the_router_tells_of_itself(stub: Any, router: Any) -> None:
         metrics = await answer.text()
     assert 'xllm:router_finished_total{class="online"} 1.0' in metrics
     assert 'xllm:router_instances{health="ready",role="mixed"} 2.0' in metrics
+    assert 'xllm:router_index_changes{what="unknown_parents"} 0.0' in metrics
     for path, status in (("/health", 200), ("/ready", 200), ("/nothing", 404)):
         async with url.session.get(url.url + path) as answer:
             assert answer.status == status

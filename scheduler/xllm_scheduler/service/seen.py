@@ -56,6 +56,10 @@ class Seen:
             f"{_PREFIX}instances", "Instances.", ("role", "health"), registry=own
         )
         self._blocks = Gauge(f"{_PREFIX}index_blocks", "KV blocks in the index.", registry=own)
+        self._index = Gauge(
+            f"{_PREFIX}index_changes", "What became of blocks that events named.", ("what",),
+            registry=own,
+        )  # fmt: skip
         self._hits = Gauge(
             f"{_PREFIX}hit_ratio", "Share of prompts found in the index.", registry=own
         )
@@ -110,6 +114,8 @@ class Seen:
         for member in fleet.registry.members.values():
             self._instances.labels(member.role.value, member.health.value).inc()
         self._blocks.set(len(fleet.index))
+        for what, count in vars(fleet.index.counts).items():
+            self._index.labels(what).set(count)
         tokens = sum(t.prompt_tokens for t in fleet.tally.values())
         hits = sum(t.expected_hits for t in fleet.tally.values())
         self._hits.set(hits / tokens if tokens else 0.0)
