@@ -30,11 +30,15 @@ def name_of(one: Stub) -> str:
     return one.url.removeprefix("http://")
 
 
-async def divided(url: Any, prefill: Stub, decode: Stub) -> None:
+async def divided(stub: Any, router: Any, **settings: Any) -> tuple[Any, Stub, Stub]:
+    """A router over an instance for prompts and one for answers."""
+    prefill, decode = await stub(), await stub()
+    url = await router(prefill, decode, **settings)
     for one, role in ((prefill, "prefill"), (decode, "decode")):
         await url.admin("PUT", f"/instances/{name_of(one)}/role", params={"role": role})
     for one in (prefill, decode):
         one.engine.asked.clear()
+    return url, prefill, decode
 
 
 async def test_every_path_of_the_api_wants_a_key(stub: Any, router: Any, tmp_path: Any) -> None:
@@ -93,9 +97,7 @@ async def test_a_trial_whose_client_goes_lets_another_one_try(stub: Any, router:
 
 
 async def test_several_prompts_stay_together(stub: Any, router: Any) -> None:
-    prefill, decode = await stub(), await stub()
-    url = await router(prefill, decode)
-    await divided(url, prefill, decode)
+    url, prefill, decode = await divided(stub, router)
     await url.ask(COMPLETIONS, complete(prompt=["a", "b"]))
     await url.ask(COMPLETIONS, complete(use_beam_search=True))
     await url.ask(COMPLETIONS, complete(n=2))
@@ -138,9 +140,7 @@ async def test_an_answer_lost_behind_its_last_token_still_tells_its_usage(
 async def test_a_refusal_at_the_prefill_instance_is_the_answer_and_no_fault(
     stub: Any, router: Any
 ) -> None:
-    prefill, decode = await stub(), await stub()
-    url = await router(prefill, decode)
-    await divided(url, prefill, decode)
+    url, prefill, decode = await divided(stub, router)
     prefill.engine.refuses = True
     for _ in range(6):  # more than open a circuit
         found = await url.ask(CHAT, chat(), status=400)
@@ -155,9 +155,7 @@ async def test_a_refusal_at_the_prefill_instance_is_the_answer_and_no_fault(
 async def test_a_prompt_whose_answer_ends_at_once_is_no_fault_either(
     stub: Any, router: Any
 ) -> None:
-    prefill, decode = await stub(), await stub()
-    url = await router(prefill, decode)
-    await divided(url, prefill, decode)
+    url, prefill, decode = await divided(stub, router)
     prefill.engine.ends_at_once = True
     await url.ask(CHAT, chat())
     prefill.engine.ends_at_once = False
@@ -166,9 +164,7 @@ async def test_a_prompt_whose_answer_ends_at_once_is_no_fault_either(
 
 
 async def test_a_prefill_that_takes_too_long_is_done_elsewhere(stub: Any, router: Any) -> None:
-    prefill, decode = await stub(), await stub()
-    url = await router(prefill, decode, prefill_timeout_s=0.2, retries=1)
-    await divided(url, prefill, decode)
+    url, prefill, decode = await divided(stub, router, prefill_timeout_s=0.2, retries=1)
     prefill.engine.stuck = True
     assert text(await url.stream(CHAT, chat())) == expected(MESSAGES)
     assert "kv_transfer_params" not in decode.engine.asked[-1][0]

@@ -17,18 +17,21 @@ from typing import Any
 ABSENT = ("torch_npu", "acl", "mooncake", "torchvision", "scipy", "pandas")
 
 
+def _attribute(owner: Any, name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    found = Anything(f"{owner.__name__}.{name}")
+    setattr(owner, name, found)
+    return found
+
+
 class Anything:
     """An attribute of a module that is not there: usable as whatever it is taken for."""
 
     def __init__(self, name: str) -> None:
         self.__name__ = self.__qualname__ = name
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        found = Anything(f"{self.__name__}.{name}")
-        setattr(self, name, found)
-        return found
+    __getattr__ = _attribute
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return Anything(f"{self.__name__}()")
@@ -46,12 +49,7 @@ class Anything:
 
 
 class _Module(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        found = Anything(f"{self.__name__}.{name}")
-        setattr(self, name, found)
-        return found
+    __getattr__ = _attribute
 
 
 class _Finder(MetaPathFinder, Loader):
