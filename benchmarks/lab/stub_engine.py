@@ -63,6 +63,7 @@ class StubEngine:
         stuck: whether it is never done with those.
         busy: whether it takes no requests for now.
         moves_bytes: what it says that fetching KV moves; None for no count at all.
+        cached: prompt tokens that it says it held; None to say nothing of it.
         eplb: what it tells of its experts' loads; None where it balances none.
 
     Args:
@@ -79,6 +80,7 @@ class StubEngine:
         self.ends_at_once = self.stops_before_usage = self.refuses = self.stuck = self.busy = False
         self.moves_bytes: int | None = None
         self._moved = 0
+        self.cached: int | None = None
         self._key = key
         self.eplb: dict[str, Any] | None = None
         self._goes = asyncio.Event()
@@ -200,7 +202,7 @@ class StubEngine:
             "created": int(time.time()),
             "model": self._model,
             "choices": [choice],
-            "usage": _usage(prompt, limit),
+            "usage": self._usage(prompt, limit),
         }
         if body.get("return_token_ids"):
             choice["token_ids"] = tokens
@@ -211,6 +213,11 @@ class StubEngine:
         elif params.get("do_remote_decode") and self.transfers:
             made["kv_transfer_params"] = {"do_remote_prefill": True, "remote_block_ids": [1]}
         return made
+
+    def _usage(self, prompt: Sequence[int], tokens: int) -> dict[str, Any]:
+        made = {"prompt_tokens": len(prompt), "total_tokens": len(prompt) + tokens}
+        details = None if self.cached is None else {"cached_tokens": self.cached}
+        return {**made, "completion_tokens": tokens, "prompt_tokens_details": details}
 
     async def _streamed(
         self,
@@ -252,7 +259,7 @@ class StubEngine:
             request.transport.abort()
             return response
         if (body.get("stream_options") or {}).get("include_usage"):
-            await _event(response, {**head, "choices": [], "usage": _usage(prompt, limit)})
+            await _event(response, {**head, "choices": [], "usage": self._usage(prompt, limit)})
         await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -266,11 +273,6 @@ async def _refusing(request: web.Request, handler: Any) -> web.StreamResponse:
         wrong = {"message": repr(error), "type": "BadRequestError", "param": None, "code": 400}
         return web.json_response({"error": wrong}, status=400)
     return answer
-
-
-def _usage(prompt: Sequence[int], tokens: int) -> dict[str, int]:
-    counts = {"prompt_tokens": len(prompt), "completion_tokens": tokens}
-    return {**counts, "total_tokens": len(prompt) + tokens}
 
 
 async def _event(response: web.StreamResponse, chunk: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from benchmarks.lab.nixl import nixl_env
 from benchmarks.lab.router import TOKEN, RouterProcess, cores, route
 from benchmarks.lab.server import Server, free_port, serve
 from tests.serve.conftest import SERVER_ARGS, SHARED_GIB
-from xllm_scheduler.service.fleet import index_name
+from xllm_scheduler.service.kv_book import index_name
 
 pytestmark = pytest.mark.serve
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 from typing import Any
 
 import pytest
@@ -191,6 +192,58 @@ async def test_without_events_prompts_are_known_by_what_was_sent(stub: Any, rout
     for _ in range(6):
         await url.ask(COMPLETIONS, complete(prompt=prompt, max_tokens=2))
     assert sorted(len(s.engine.asked) for s in stubs) == [0, 0, 6]
+
+
+async def test_offline_requests_leave_an_instance_that_drains_and_online_ones_end_there(
+    stub: Any, router: Any
+) -> None:
+    one, other = await stub(token_ms=50.0), await stub(token_ms=50.0)
+    url = await router(one, other, retries=0)
+
+    async def drain(which: Stub, drains: bool) -> None:
+        path = f"/instances/{name_of(which)}/drain"
+        await url.admin("POST", path, params={"drains": str(drains).lower()})
+
+    await drain(other, drains=True)
+    offline = complete(max_tokens=60, vllm_xargs={"xllm_class": "offline"})
+    asked = [
+        asyncio.create_task(url.stream(COMPLETIONS, complete(max_tokens=60))),
+        asyncio.create_task(url.stream(COMPLETIONS, offline)),
+        asyncio.create_task(url.ask(COMPLETIONS, offline)),
+    ]
+    await until(lambda: one.engine.under_way == 3)
+    await drain(other, drains=False)
+    await drain(one, drains=True)
+    await until(lambda: (one.engine.under_way, other.engine.under_way) == (1, 2))
+    await drain(other, drains=True)  # there is nowhere else to go
+    streams = [await asked[0], await asked[1]]
+    assert [text(stream) for stream in streams] == [expected("hello", 60)] * 2
+    assert (await asked[2])["choices"][0]["text"] == expected("hello", 60)
+    assert [len(s.engine.asked) for s in (one, other)] == [3, 2]
+
+
+async def test_what_an_instance_held_is_compared_with_what_was_expected(
+    stub: Any, router: Any
+) -> None:
+    one = await stub()
+    url = await router(one, routing="kv_aware", tokenizers="instances")
+    prompt = "the same long prompt " * 20
+
+    async def told() -> dict[str, int]:
+        async with url.session.get(url.url + "/metrics") as answer:
+            found = re.findall(r'router_hit_tokens{what="(\w+)"} (\S+)', await answer.text())
+        return {what: round(float(count)) for what, count in found}
+
+    one.engine.cached = 0
+    await url.ask(COMPLETIONS, complete(prompt=prompt))
+    one.engine.cached = 32
+    usage = {"stream_options": {"include_usage": True}}
+    await url.stream(COMPLETIONS, complete(prompt=prompt, **usage))
+    expects = (len(tokens_of(prompt)) - 1) // 16 * 16
+    assert await told() == {"expected": expects, "stale": expects - 32, "missed": 0}
+    one.engine.cached = 48
+    await url.ask(COMPLETIONS, complete(prompt="another prompt " * 20))
+    assert await told() == {"expected": expects, "stale": expects - 32, "missed": 48}
 
 
 async def test_a_removed_instance_stays_away_until_it_is_added_again(

@@ -13,10 +13,12 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from xllm_scheduler.service.call import (
+    CACHED_TOKENS,
     CHAT,
+    COMPLETION_TOKENS,
     Call,
     answer_headers,
-    completion_tokens,
+    counted,
     header,
     is_stream,
     prefill_body,
@@ -103,6 +105,7 @@ class Attempts:
             await self._told(call, exchange, status, headers, data)
             return None
         answer = json.loads(data)
+        self._found(call, route.prefill, data)
         self._fleet.first_token(call.view.request_id)
         params = answer.get("kv_transfer_params")
         if params:
@@ -137,13 +140,14 @@ class Attempts:
                 await self._streamed(call, call.stream, name, answer, exchange)
                 return
             data = await answer.body()
+            self._found(call, name, data)
             await self._told(call, exchange, answer.status, answer.headers, data)
 
     async def _told(
         self, call: Call, exchange: Exchange, status: int, headers: Headers, data: bytes
     ) -> None:
         """Hand a client an answer that is no stream."""
-        call.status, call.tokens = status, completion_tokens(data)
+        call.status, call.tokens = status, counted(data, COMPLETION_TOKENS) or 0
         sent = answer_headers(headers, call.view.request_id)
         await exchange.start(status, [*sent, (b"content-length", b"%d" % len(data))])
         await exchange.end(data)
@@ -173,6 +177,7 @@ class Attempts:
         if not stream.done and call.movable:
             raise UpstreamError(name, f"{name} broke off")
         call.tokens = stream.tokens
+        self._found(call, name, stream.usage)
         await exchange.end()
 
     def _first(self, call: Call, now_s: float) -> None:
@@ -182,6 +187,12 @@ class Attempts:
         if call.computed_s is not None:
             took_ms, call.computed_s = (now_s - call.computed_s) * 1e3, None
             self._fleet.moved(call.view.request_id, took_ms, now_s)
+
+    def _found(self, call: Call, name: str, data: bytes) -> None:
+        """Hold what an instance says that it had of a prompt against what was expected."""
+        cached = counted(data, CACHED_TOKENS)
+        if cached is not None:
+            self._fleet.found(call.view, name, cached)
 
     @contextlib.asynccontextmanager
     async def _asked(self, call: Call, name: str, body: bytes) -> AsyncIterator[Connection]:

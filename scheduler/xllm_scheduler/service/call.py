@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from xllm_scheduler.service.relay import Stream
 from xllm_scheduler.service.routing import RequestView
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+COMPLETION_TOKENS, CACHED_TOKENS = b"completion_tokens", b"cached_tokens"
 _HOP = frozenset(
     {b"host", b"content-length", b"connection", b"transfer-encoding", b"keep-alive",
      b"accept-encoding", b"expect", b"x-request-id"}
@@ -29,6 +29,7 @@ _ANSWER_HOP = frozenset(
 _MEDIA = re.compile(rb'"(?:data:[^",]{1,100};base64,|data"\s*:\s*")[^"]*"')
 _MEDIA_TOKENS = 1000  # what one of them may become
 _TOKEN_BYTES = 4  # of text
+_COUNT = re.compile(rb"\s*(\d+)")
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Call:
         stream: what came of its answer; None if it is not streamed.
         failed: the instances that failed it.
         lost: the instance that was given up while it had the request; "" for none.
+        sent_on: whether that instance has failed nothing, and is only to be emptied.
         first_s: when the first of the answer came.
         computed_s: when another instance was done with its prompt.
         tokens: of the answer.
@@ -64,6 +66,7 @@ class Call:
     stream: Stream | None = None
     failed: list[str] = field(default_factory=list)
     lost: str = ""
+    sent_on: bool = False
     first_s: float | None = None
     computed_s: float | None = None
     tokens: int = 0
@@ -162,10 +165,10 @@ def is_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     return kind.partition(b";")[0].strip().lower() == b"text/event-stream"
 
 
-def completion_tokens(data: bytes) -> int:
-    """How many tokens an answer that is not streamed says that it has; 0 if it does not."""
-    start = data.rfind(b'"completion_tokens":')
+def counted(data: bytes, name: bytes) -> int | None:
+    """A count that an answer's JSON tells, by its key; None if it does not."""
+    start = data.rfind(b'"%b":' % name)
     if start < 0:
-        return 0
-    digits = bytes(itertools.takewhile(lambda c: chr(c).isdigit(), data[start + 20 : start + 32]))
-    return int(digits or 0)
+        return None
+    found = _COUNT.match(data, start + len(name) + 3)
+    return int(found[1]) if found else None

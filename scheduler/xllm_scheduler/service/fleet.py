@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from xllm_kv.index import KvIndex, Match, Prompt, Tier
+from xllm_kv.index import NOTHING, KvIndex, Match, Prompt
 from xllm_kv.prices import Line
-from xllm_kv.snapshot import Held
 from xllm_plugins.latency import StepTime
 from xllm_scheduler.service.breaker import Breaker
 from xllm_scheduler.service.forecast import step_ms
+from xllm_scheduler.service.kv_book import TEXT_BLOCK, KvBook, credit
 from xllm_scheduler.service.load import Beat, Facts, LoadBook
+from xllm_scheduler.service.ranks import Ranks
 from xllm_scheduler.service.registry import Member, Patience, Record, Registry
 from xllm_scheduler.service.routing import (
     InstanceView,
@@ -30,23 +31,12 @@ from xllm_scheduler.service.routing import (
 )
 from xllm_scheduler.service.slack import room
 
-CREDITS: Mapping[Tier, float] = {
-    Tier.DEVICE: 1.0,
-    Tier.HOST: 0.75,
-    Tier.DISK: 0.25,
-    Tier.REMOTE: 0.25,
-}
-"""What a token counts for that lies in a tier; the first three as in Dynamo's router."""
-
 # A guess at step times where nobody knows any: only what is more and what is less matters.
 _USUAL = StepTime(base=10.0, token=0.05, decode=0.1, context=1e-5)
 _REMEMBERED = 10_000  # decisions
-TEXT_BLOCK = 16  # tokens, where an instance does not tell, or text stands for them
-_MOST_SENT_BLOCKS = 500_000
 _ANSWERS = 0.01  # weight of one answer in the mean length
 _NO_TRANSFERS_S = 60.0
 _UNIT, _LEAST_MOVE_MS = 64.0, 0.1  # tokens; about what a MiB holds, which is what the line is for
-_PROMISE_S = 2.0  # for events to tell of a prompt that was sent
 
 
 class Decision(NamedTuple):
@@ -58,6 +48,7 @@ class Decision(NamedTuple):
         cached: tokens that each instance held, by credit.
         expected: tokens of answer that were reckoned with.
         ranks: the data-parallel rank at each of the route's instances that has several.
+        hit: tokens of the prompt that the first instance was expected to hold, in whatever tier.
     """
 
     at_s: float
@@ -65,6 +56,7 @@ class Decision(NamedTuple):
     cached: Mapping[str, float]
     expected: float
     ranks: Mapping[str, int]
+    hit: int
 
 
 @dataclass
@@ -76,14 +68,18 @@ class Tally:
         apart: of these, to be prefilled and generated at different instances.
         finished: answered in full.
         prompt_tokens: of those that were placed, where it is known.
-        expected_hits: tokens of these that were found in the index.
+        expected_hits: tokens of these that their instance was expected to hold.
+        stale: of these, where the instance told, those that it did not hold.
+        missed: likewise tokens that it held and that were not expected.
     """
 
     placed: int = 0
     apart: int = 0
     finished: int = 0
     prompt_tokens: int = 0
-    expected_hits: float = 0.0
+    expected_hits: int = 0
+    stale: int = 0
+    missed: int = 0
 
 
 @dataclass
@@ -113,11 +109,8 @@ class Fleet:
         self._book = LoadBook()
         self._breakers: dict[str, Breaker] = {}
         self._decisions: dict[str, Decision] = {}
-        # Prompts that were sent to instances: as text, or where no events tell what lies there.
-        self._sent = KvIndex(_MOST_SENT_BLOCKS)
-        # Tokens under way at each data-parallel rank, and what of it each request is.
-        self._at_rank: dict[tuple[str, int], float] = {}
-        self._ranked: dict[str, list[tuple[tuple[str, int], float]]] = {}
+        self.kv = KvBook(self.index)
+        self._ranks = Ranks()
         self._no_transfers: dict[str, float] = {}  # until when
         self._moves: dict[str, Line] = {}  # ms over units of tokens
         self._mean_output = 0.0
@@ -141,11 +134,7 @@ class Fleet:
         role = self.registry.members[record.name].role
         self._book.add(record.name, role, facts_of(record))
         self._breakers[record.name] = self.new_breaker()
-        if record.block_tokens:
-            for rank in range(record.dp_size):
-                name, model = index_name(record.name, rank), record.models[0]
-                self.index.add(name, model, record.block_tokens, record.full_groups)
-        self._sent.add(index_name(record.name, 0), record.models[0], TEXT_BLOCK)
+        self.kv.add(record)
         return True
 
     def leave(self, name: str) -> None:
@@ -251,18 +240,6 @@ class Fleet:
             for view in views
         ]
 
-    def kv_events(self, name: str, rank: int, events: Sequence[Any]) -> bool:
-        """An instance's rank has stored and removed KV; whether all parents were known."""
-        return self.index.apply(index_name(name, rank), events)
-
-    def kv_restarted(self, name: str, rank: int) -> None:
-        """What is known of the KV of an instance's rank no longer holds."""
-        self.index.clear(index_name(name, rank))
-
-    def kv_held(self, name: str, rank: int, held: Held) -> None:
-        """An instance's rank says that it holds these blocks."""
-        self.index.load(index_name(name, rank), held)
-
     # Requests
 
     def place(
@@ -286,9 +263,13 @@ class Fleet:
         Returns:
             None to let it wait for an instance that accepts, and has room if it is offline.
         """
-        matches = self._matches(prompt, now_s) if prompt is not None else {}
+        members = self.registry.members
+        matches: dict[tuple[str, int], Match] = {}
+        if prompt is not None:
+            matches = self.kv.matches(prompt, [m.record for m in members.values()], now_s)
+        worth = {place: credit(match) for place, match in matches.items()}
         cached: dict[str, float] = {}
-        for (name, _), tokens in matches.items():
+        for (name, _), tokens in worth.items():
             cached[name] = max(cached.get(name, 0.0), tokens)
         expected = request.output_tokens
         if self._mean_output:
@@ -307,30 +288,35 @@ class Fleet:
         ranks: dict[str, int] = {}
         for name in {route.prefill, route.decode}:
             self._breakers[name].sent(now_s)
-            if self.registry.members[name].record.dp_size > 1:
-                rank = ranks[name] = self._rank(name, matches)
-                tokens = max(1.0, request.prompt_tokens - matches.get((name, rank), 0.0))
-                self._at_rank[name, rank] = self._at_rank.get((name, rank), 0.0) + tokens
-                self._ranked.setdefault(request.request_id, []).append(((name, rank), tokens))
+            size = members[name].record.dp_size
+            if size > 1:
+                ranks[name] = self._ranks.placed(
+                    request.request_id, name, size, request.prompt_tokens, worth
+                )
         self._book.placed(seen, route.prefill, route.decode, now_s)
-        self._remember(request.request_id, Decision(now_s, route, cached, expected, ranks))
         tally = self.tally[request.online]
         tally.placed += 1
         tally.apart += route.prefill != route.decode
+        first, rank, hit = members[route.prefill].record, ranks.get(route.prefill, 0), 0
         if prompt is not None:
-            first = route.prefill
-            if prompt.approximate or not self.registry.members[first].record.block_tokens:
-                self._sent.note(index_name(first, 0), prompt)
-            else:
-                rank_name = index_name(first, ranks.get(first, 0))
-                self.index.promise(rank_name, prompt, now_s + _PROMISE_S)
+            self.kv.sent(prompt, first, rank, now_s)
+            hit = _usable(matches.get((route.prefill, rank), NOTHING), first, request.prompt_tokens)
             tally.prompt_tokens += request.prompt_tokens
-            tally.expected_hits += cached.get(route.prefill, 0.0)
+            tally.expected_hits += hit
+        self._remember(request.request_id, Decision(now_s, route, cached, expected, ranks, hit))
         return route
 
     def first_token(self, request_id: str) -> None:
         """A request's prompt has been computed."""
         self._book.first_token(request_id)
+
+    def found(self, request: RequestView, name: str, cached_tokens: int) -> None:
+        """How much of a request's prompt an instance says that it held."""
+        decision = self._decisions.get(request.request_id)
+        if decision is not None and decision.route.prefill == name:  # others get it from there
+            tally = self.tally[request.online]
+            tally.stale += max(0, decision.hit - cached_tokens)
+            tally.missed += max(0, cached_tokens - decision.hit)
 
     def finished(self, request: RequestView, tokens: int, now_s: float) -> None:
         """A request was answered in full, with so many tokens."""
@@ -371,33 +357,11 @@ class Fleet:
     def _over(self, request_id: str) -> None:
         if not self._book.finished(request_id):
             return
-        for place, tokens in self._ranked.pop(request_id, ()):
-            if place in self._at_rank:
-                self._at_rank[place] -= tokens
+        self._ranks.over(request_id)
         decision = self._decisions.get(request_id)
         if decision is not None:
             for name in {decision.route.prefill, decision.route.decode} & self._breakers.keys():
                 self._breakers[name].released()
-
-    def _rank(self, name: str, matches: Mapping[tuple[str, int], float]) -> int:
-        """The data-parallel rank with least to compute, this prompt's rest included."""
-        places = [(name, rank) for rank in range(self.registry.members[name].record.dp_size)]
-        return min(places, key=lambda p: (self._at_rank.get(p, 0.0) - matches.get(p, 0.0), p))[1]
-
-    def _matches(self, prompt: Prompt, now_s: float) -> dict[tuple[str, int], float]:
-        """Tokens by credit that each rank of each instance holds."""
-        self.index.expire(now_s)
-        matches: dict[str, Match] = {}
-        members = self.registry.members.values()
-        if prompt.approximate or any(not member.record.block_tokens for member in members):
-            matches = self._sent.match(prompt)
-        if not prompt.approximate:
-            matches |= self.index.match(prompt)
-        found: dict[tuple[str, int], float] = {}
-        for name, match in matches.items():
-            instance, _, rank = name.rpartition("#")
-            found[instance, int(rank)] = credit(match)
-        return found
 
     def _serves(self, name: str, model: str) -> bool:
         return not model or model in self.registry.members[name].record.models
@@ -414,20 +378,14 @@ class Fleet:
         self._book.remove(name)
         self._moves.pop(name, None)
         self._breakers.pop(name, None)
-        for rank in range(ranks):
-            self.index.remove(index_name(name, rank))
-            self._at_rank.pop((name, rank), None)
-        self._sent.remove(index_name(name, 0))
+        self.kv.remove(name, ranks)
+        self._ranks.remove(name, ranks)
 
 
-def index_name(instance: str, rank: int) -> str:
-    """What the index calls a data-parallel rank of an instance."""
-    return f"{instance}#{rank}"
-
-
-def credit(match: Match) -> float:
-    """Tokens that need not be computed, those in slower tiers for less."""
-    return sum(tokens * CREDITS[tier] for tier, tokens in zip(Tier, match.tokens, strict=True))
+def _usable(match: Match, record: Record, prompt_tokens: int) -> int:
+    """Tokens of a match that an engine leaves out: it computes the last one to say the next."""
+    block = record.block_tokens or TEXT_BLOCK
+    return min(match.total, max(0, prompt_tokens - 1) // block * block)
 
 
 def facts_of(record: Record) -> Facts:

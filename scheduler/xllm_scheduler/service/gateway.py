@@ -8,7 +8,6 @@ forbids that, from the tokens that the client already has.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import logging
 import math
@@ -102,6 +101,17 @@ class Gateway:
         for call, task in list(self._at.get(instance, {}).values()):
             call.lost = instance
             task.cancel()
+
+    def empty(self, instance: str) -> None:
+        """Send the offline requests of an instance elsewhere, if others take some."""
+        views = self._fleet.views(time.monotonic())
+        if not any(view.accepts for view in views if view.instance_id != instance):
+            return
+        for call, task in list(self._at.get(instance, {}).values()):
+            begun = call.stream if call.stream is not None and call.stream.started else None
+            if not (call.service.online or (begun is not None and self._stays(call, begun))):
+                call.lost, call.sent_on = instance, True
+                task.cancel()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Serve one request of a client."""
@@ -212,11 +222,16 @@ class Gateway:
         return True
 
     async def _serve(self, call: Call, exchange: Exchange) -> None:
-        for attempt in itertools.count(1):
+        attempt = 0
+        while True:
             route = await self._place(call)
             try:
                 await self._tried(call, route, exchange)
             except UpstreamError as error:
+                if call.sent_on:
+                    self._resumed(call)
+                    continue
+                attempt += 1
                 self._note_failure(call, error)
                 if await self._ends(call, exchange, error, attempt):
                     return
@@ -252,6 +267,15 @@ class Gateway:
                 self._at[name].pop(request_id, None)
                 if not self._at[name]:
                     del self._at[name]
+
+    def _resumed(self, call: Call) -> None:
+        """It goes on elsewhere, though nothing has failed it."""
+        call.sent_on = False
+        self._fleet.dropped(call.view.request_id)
+        if call.stream is not None:
+            if call.stream.started:
+                self._seen.moved()
+            call.stream.resume()
 
     def _note_failure(self, call: Call, error: UpstreamError) -> None:
         now_s = time.monotonic()

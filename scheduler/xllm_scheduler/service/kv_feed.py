@@ -168,12 +168,12 @@ class _Follower:
         ):
             logger.warning("%s gives a snapshot of other KV, which is not used", self.record.name)
             return False
-        self._fleet.kv_restarted(self.record.name, self.rank)
+        self._fleet.kv.restarted(self.record.name, self.rank)
         return True
 
     def holds(self, held: Held) -> None:
         """A part of the snapshot."""
-        self._fleet.kv_held(self.record.name, self.rank, held)
+        self._fleet.kv.held(self.record.name, self.rank, held)
 
     def resumed(self, number: int) -> None:
         """All of the snapshot has come, up to a batch; what came after it is applied."""
@@ -183,12 +183,12 @@ class _Follower:
     def anew(self) -> None:
         """Forget all, to be told again."""
         self._sequencer = Sequencer()
-        self._fleet.kv_restarted(self.record.name, self.rank)
+        self._fleet.kv.restarted(self.record.name, self.rank)
         self.lacks = False
 
     def _apply(self, ready: Ready) -> None:
         if ready.restart:
-            self._fleet.kv_restarted(self.record.name, self.rank)
+            self._fleet.kv.restarted(self.record.name, self.rank)
         for batch in ready.batches:
-            if not self._fleet.kv_events(self.record.name, self.rank, batch.events):
+            if not self._fleet.kv.applied(self.record.name, self.rank, batch.events):
                 self.lacks = True

@@ -17,7 +17,7 @@ _ERROR = b'data: {"error":'
 # Quotes within a JSON string are escaped, so these can only be keys.
 _IDS, _NO_IDS = b',"token_ids":[', b',"token_ids":null'
 _PROMPT_IDS, _NO_PROMPT_IDS = b',"prompt_token_ids":[', b',"prompt_token_ids":null'
-_CALLS = b'"tool_calls":[{'
+_CALLS, _USAGE = b'"tool_calls":[{', b'"usage":{'
 
 
 def with_token_ids(body: bytes) -> bytes:
@@ -43,11 +43,12 @@ class Stream:
         error: the event in which the instance said that it failed; empty if it did not.
         started: whether the client has been sent anything.
         called: whether a tool call has begun.
+        usage: the events in which the first instance said how many tokens there were, if it did.
     """
 
     def __init__(self, *, strip: bool = True) -> None:
         self.done = self.finished = self.called = self.started = False
-        self.error = b""
+        self.error = self.usage = b""
         self._strip = strip
         self._rest = b""
         self._ids: list[bytes] = []  # of each event that had some, as they stood there
@@ -119,6 +120,8 @@ class Stream:
         """Whole events as the client gets them, however many they are at once."""
         if not self._first:
             self._first = events.partition(_END)[0]
+        if _USAGE in events:
+            self.usage = events
         if _DONE in events:
             self.done = any(event.startswith(_DONE) for event in events.split(_END))
         self.finished = self.finished or b'"finish_reason":"' in events

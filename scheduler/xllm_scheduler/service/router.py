@@ -232,10 +232,15 @@ class Service:
 
     async def drain(self, name: str, drains: bool) -> None:
         """Give an instance nothing new, or again; at every router."""
-        self.fleet.drain(name, drains)
-        self.gateway.changed.set()
+        self._drained(name, drains)
         incarnation = self.fleet.registry.members[name].record.incarnation
         await self._shared(f"drains/{name}", {"drains": drains, "incarnation": incarnation})
+
+    def _drained(self, name: str, drains: bool) -> None:
+        self.fleet.drain(name, drains)
+        self.gateway.changed.set()
+        if drains:
+            self.gateway.empty(name)
 
     async def change_policies(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Route and change roles by other settings from now on, at every router; all settings.
@@ -320,8 +325,7 @@ class Service:
             return
         self._drains[name] = value
         if self._is_of(name, value):
-            self.fleet.drain(name, bool(value.get("drains")))
-            self.gateway.changed.set()
+            self._drained(name, bool(value.get("drains")))
 
     def _removed_changed(self, name: str, value: Mapping[str, Any] | None) -> None:
         self._removed[name] = str((value or {}).get("incarnation", ""))

@@ -63,6 +63,11 @@ class Seen:
         self._hits = Gauge(
             f"{_PREFIX}hit_ratio", "Share of prompts found in the index.", registry=own
         )
+        self._hit_tokens = Gauge(
+            f"{_PREFIX}hit_tokens",
+            "Prompt tokens expected in a cache; of these not there; there and not expected.",
+            ("what",), registry=own,
+        )  # fmt: skip
         self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)  # for the console
 
     def refused(self, status: int) -> None:
@@ -119,4 +124,10 @@ class Seen:
         tokens = sum(t.prompt_tokens for t in fleet.tally.values())
         hits = sum(t.expected_hits for t in fleet.tally.values())
         self._hits.set(hits / tokens if tokens else 0.0)
+        for what, count in (
+            ("expected", hits),
+            ("stale", sum(t.stale for t in fleet.tally.values())),
+            ("missed", sum(t.missed for t in fleet.tally.values())),
+        ):
+            self._hit_tokens.labels(what).set(count)
         return generate_latest(self.registry)

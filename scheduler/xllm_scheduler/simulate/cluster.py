@@ -247,7 +247,7 @@ class Cluster:
             self._produced(name, produced)
         events = instance.take_events()
         if events:
-            self._fleet.kv_events(name, 0, events)
+            self._fleet.kv.applied(name, 0, events)
         for due in instance.transfers():
             self._send(name, due)
         next_s = instance.next_s()

@@ -41,12 +41,12 @@ def at(found: Fleet, request: RequestView, **more: object) -> str:
 
 def test_a_prompt_goes_where_its_kv_lies() -> None:
     one = fleet("a", "b")
-    one.kv_events("b", 0, [BlockStored([1, 2, 3, 4], None, TOKENS, 16, "GPU")])
+    one.kv.applied("b", 0, [BlockStored([1, 2, 3, 4], None, TOKENS, 16, "GPU")])
     assert at(one, ask(), prompt=Prompt("m", TOKENS), model="m") == "b"
     decision = one.decision("r")
     assert decision is not None
     assert decision.cached == {"b": 64.0}
-    one.kv_restarted("b", 0)
+    one.kv.restarted("b", 0)
     assert one.index.match(Prompt("m", TOKENS)) == {}
 
 
@@ -55,7 +55,7 @@ def test_who_does_not_know_its_step_times_is_not_taken_for_free(known: str) -> N
     one = Fleet(KvAware())
     for name in ("a", "b"):
         one.join(record(name, step_time=TIMES if name == known else {}), 0.0)
-    one.kv_events("b", 0, [BlockStored([1, 2, 3], None, TOKENS[:48], 16, "GPU")])
+    one.kv.applied("b", 0, [BlockStored([1, 2, 3], None, TOKENS[:48], 16, "GPU")])
     assert at(one, ask(), prompt=Prompt("m", TOKENS)) == "b"
     one.learned("a", TIMES)
     assert all(view.step_time.base == 10.0 for view in one.views(0.0))
@@ -63,8 +63,8 @@ def test_who_does_not_know_its_step_times_is_not_taken_for_free(known: str) -> N
 
 def test_kv_in_slower_tiers_counts_for_less() -> None:
     one = fleet("a", "b")
-    one.kv_events("a", 0, [BlockStored([1, 2], None, TOKENS[:32], 16, "GPU")])
-    one.kv_events("b", 0, [BlockStored([1, 2, 3], None, TOKENS[:48], 16, "STORAGE")])
+    one.kv.applied("a", 0, [BlockStored([1, 2], None, TOKENS[:32], 16, "GPU")])
+    one.kv.applied("b", 0, [BlockStored([1, 2, 3], None, TOKENS[:48], 16, "STORAGE")])
     assert at(one, ask(), prompt=Prompt("m", TOKENS)) == "a"
     decision = one.decision("r")
     assert decision is not None
@@ -116,7 +116,7 @@ def test_draining_and_roles_are_seen_by_policies() -> None:
 
 def test_what_was_there_before_a_restart_is_forgotten() -> None:
     one = fleet("a")
-    one.kv_events("a", 0, [BlockStored([1], None, TOKENS[:16], 16, "GPU")])
+    one.kv.applied("a", 0, [BlockStored([1], None, TOKENS[:16], 16, "GPU")])
     one.beat("a", "", Beat(waiting=3), 0.0)
     assert not one.join(record("a"), 1.0)  # its lease was back
     assert one.views(1.0)[0].waiting == 3
@@ -151,7 +151,7 @@ def test_expected_answers_are_as_long_as_the_last_ones_were() -> None:
 def test_a_rank_is_chosen_by_kv_then_by_load() -> None:
     one = Fleet(KvAware())
     one.join(record("a", dp_size=3), 0.0)
-    one.kv_events("a", 2, [BlockStored([1, 2, 3, 4], None, TOKENS, 16, "GPU")])
+    one.kv.applied("a", 2, [BlockStored([1, 2, 3, 4], None, TOKENS, 16, "GPU")])
 
     def rank(name: str, tokens: list[int]) -> int:
         one.place(ask(name), 0.0, prompt=Prompt("m", tokens))
@@ -199,7 +199,7 @@ def ranked(*names: str) -> Fleet:
 
 def test_ranks_share_the_work_though_one_holds_a_common_beginning() -> None:
     one = ranked("a")
-    one.kv_events("a", 2, [BlockStored([1], None, TOKENS[:16], 16, "GPU")])
+    one.kv.applied("a", 2, [BlockStored([1], None, TOKENS[:16], 16, "GPU")])
     ranks = []
     for number in range(40):
         tokens = [*TOKENS[:16], *range(100 * number, 100 * number + 200)]
@@ -230,7 +230,7 @@ def test_a_rank_with_less_to_do_is_not_left_out_for_ever_after_an_instance_retur
 
 def test_fewer_ranks_after_a_restart_leave_nothing_behind() -> None:
     one = ranked("a")
-    one.kv_events("a", 3, [BlockStored([1], None, TOKENS[:16], 16, "GPU")])
+    one.kv.applied("a", 3, [BlockStored([1], None, TOKENS[:16], 16, "GPU")])
     one.join(record("a", dp_size=2, incarnation="2"), 1.0)
     assert one.index.match(Prompt("m", TOKENS)) == {}
     assert one.place(ask(), 1.0, prompt=Prompt("m", TOKENS)) is not None
@@ -240,7 +240,7 @@ def test_where_no_events_tell_what_was_sent_counts() -> None:
     one = Fleet(KvAware())
     one.join(record("a", block_tokens=0), 0.0)
     one.join(record("b"), 0.0)
-    one.kv_events("b", 0, [BlockStored([1], None, TOKENS[:16], 16, "GPU")])
+    one.kv.applied("b", 0, [BlockStored([1], None, TOKENS[:16], 16, "GPU")])
     one.place(ask("r0"), 0.0, prompt=Prompt("m", TOKENS), without=["b"])
     one.finished(ask("r0"), 1, 1.0)
     assert at(one, ask("r1"), prompt=Prompt("m", TOKENS)) == "a"
@@ -253,7 +253,7 @@ def test_adapters_and_other_names_find_their_kv() -> None:
     prompt = Prompt("m", TOKENS, lora="adapter")
     one = fleet()
     one.join(record("a", models=("m", "alias", "adapter"), loras=("adapter",)), 0.0)
-    one.kv_events("a", 0, [BlockStored([1], None, TOKENS[:16], 16, "GPU", [("adapter",)])])
+    one.kv.applied("a", 0, [BlockStored([1], None, TOKENS[:16], 16, "GPU", [("adapter",)])])
     assert one.index.match(prompt)["a#0"].total == 16
     assert one.index.match(Prompt("m", TOKENS)) == {}
 
