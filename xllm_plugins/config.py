@@ -193,10 +193,12 @@ def source_from_environment(
     for variable, text in sorted(environ.items()):
         if variable in (ENV_SELECTION, ENV_CONFIG):
             continue
-        for name in sections:
+        for name, section in sections.items():
             prefix = f"{ENV_PREFIX}{name.upper()}_"
             if variable.startswith(prefix):
-                values.setdefault(name, {})[variable[len(prefix) :].lower()] = _scalar(text)
+                key = variable[len(prefix) :].lower()
+                is_text = typing.get_type_hints(section).get(key) is str
+                values.setdefault(name, {})[key] = text if is_text else _scalar(text)
     return Source("environment", values)
 
 

@@ -246,6 +246,7 @@ def test_bad_inline_json_says_where_it_breaks() -> None:
         ("XLLM_OVEN_FAN", "false", "fan", False),
         ("XLLM_OVEN_PROGRAM", "pie", "program", "pie"),
         ("XLLM_OVEN_PROGRAM", "[pie", "program", "[pie"),
+        ("XLLM_OVEN_PROGRAM", "314", "program", "314"),  # a text stays one
         ("XLLM_OVEN_SHELVES", '{"pie": "top"}', "shelves", {"pie": "top"}),
         ("XLLM_OVEN_MODE", "on", "mode", Mode.ON),
         ("XLLM_OVEN_MODE", "off", "mode", Mode.OFF),
