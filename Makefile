@@ -4,7 +4,7 @@ ASCEND := $(CURDIR)/tests/ascend/stub:$(CURDIR)/.cache/vllm-ascend-0.23.0:$(OLDE
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test upstream ascend lint fmt bench wheel clean
+.PHONY: help run test upstream zoo ascend lint fmt bench wheel clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ ascend: ## Test on vllm-ascend 0.23.0, without an NPU (ARGS="-k name")
 	@.ci/setup --dev
 	@.ci/setup-ascend
 	PYTHONPATH=$(ASCEND) $(PY) -m pytest tests/ascend $(ARGS)
+
+zoo: ## Hold a tiny model of each family against vLLM alone, 10 minutes (ARGS="Qwen3")
+	@.ci/setup
+	$(PY) -m tests.zoo $(ARGS)
 
 lint: ## Check style and types
 	@.ci/setup --dev

@@ -108,8 +108,8 @@ FAMILIES = (
     Family("Qwen2.5-VL", "qwen2_5_vl", _vl(), "positions of images, text alone here"),
     Family("MiMo-VL", "qwen2_5_vl", _vl(num_hidden_layers=4, num_key_value_heads=1),
            "Qwen2.5-VL's architecture, text alone here"),
-    Family("MiniCPM-V 4.6", "minicpmv4_6", {"text_config": {"model_type": "qwen3_5_text", **_DENSE}},
-           "images, text alone here"),
+    Family("MiniCPM-V 4.6", "minicpmv4_6", {
+        "text_config": {"model_type": "qwen3_5_text", **_DENSE}}, "images, text alone here"),
     Family("Gemma 3", "gemma3_text", {**_DENSE, "sliding_window": 64, "layer_types": [
         "sliding_attention", "full_attention", "sliding_attention"]}, "sliding windows"),
     Family("Granite 4", "granitemoehybrid", {**_DENSE, "layer_types": [
