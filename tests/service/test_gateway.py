@@ -222,9 +222,7 @@ async def test_an_instance_that_hangs_in_its_answer_is_given_up(stub: Any, route
     assert text(data) == expected("hello", 30)
 
 
-async def test_an_instance_that_hangs_before_its_answer_is_given_up(
-    stub: Any, router: Any
-) -> None:
+async def test_an_instance_that_hangs_before_its_answer_is_given_up(stub: Any, router: Any) -> None:
     stubs = [await stub() for _ in range(2)]
     url = await router(*stubs)
     for one in stubs:
