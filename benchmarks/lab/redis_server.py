@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from benchmarks.lab.server import ServerError, free_port
 
-_START_S = 20.0
+_START_S = 60.0
 
 
 class RedisServer:

@@ -27,6 +27,7 @@ from benchmarks.lab.machine import fast_dtype
 from benchmarks.lab.model import ROOT
 
 _PORTS = range(10_000, 20_000)
+_GIVEN: set[int] = set()  # ports of this process; what has one may not listen yet, or not just now
 LOGS = ROOT / ".cache" / "logs"
 STOP_GRACE_S, KILL_GRACE_S = 10.0, 60.0  # a killed worker first gives back gigabytes of memory
 
@@ -171,6 +172,8 @@ def free_port(preferred: int = 0) -> int:
     """
     while True:
         port = preferred or _PORTS.start + secrets.randbelow(len(_PORTS))
+        if port in _GIVEN and not preferred:
+            continue
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -178,6 +181,7 @@ def free_port(preferred: int = 0) -> int:
             except OSError:
                 preferred = 0
                 continue
+            _GIVEN.add(port)
             return port
 
 

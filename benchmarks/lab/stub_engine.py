@@ -91,6 +91,10 @@ class StubEngine:
         """Answer nothing any more, and keep all connections."""
         self._goes.clear()
 
+    def go_on(self) -> None:
+        """Answer again, also what was asked meanwhile."""
+        self._goes.set()
+
     def app(self) -> web.Application:
         """Its routes."""
         app = web.Application(client_max_size=1 << 26, middlewares=[_refusing, self._checked])

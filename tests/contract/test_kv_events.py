@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import zmq
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch, ZmqEventPublisher
 
 from benchmarks.lab.server import free_port
@@ -23,14 +24,35 @@ from xllm_scheduler.service.kv_feed import KvFeed
 from xllm_scheduler.service.registry import Record
 from xllm_scheduler.service.staged import round_robin
 
+WAIT_S = 60.0  # for what takes a moment, on however busy a machine
 SIZE = 4
 TOKENS = list(range(16))
 
 
-class Lossy(ZmqEventPublisher):  # type: ignore[misc]
-    """Loses batches while it is told to: their numbers are used up, and nobody gets them."""
+class Publisher(ZmqEventPublisher):  # type: ignore[misc]
+    """vLLM's, which tells when it is followed, and loses batches while it is told to.
+
+    The numbers of these are used up, and nobody gets them.
+    """
 
     loses = False
+
+    def _socket_setup(self) -> None:
+        self._pub = self._ctx.socket(zmq.XPUB)  # PUB that also tells of subscriptions
+        self._pub.bind(self._endpoint)
+        super()._socket_setup()
+
+    async def idles(self) -> None:
+        """Until all has been published; its thread then leaves its socket alone."""
+        while self._event_queue.unfinished_tasks:
+            await asyncio.sleep(0.01)
+
+    async def is_followed(self) -> None:
+        """Until somebody has subscribed, who from then on misses nothing."""
+        await self.idles()
+        while not self._pub.poll(0):
+            await asyncio.sleep(0.01)
+        assert self._pub.recv().startswith(b"\x01")
 
     def publish(self, events: KVEventBatch) -> None:
         if self.loses:
@@ -57,10 +79,10 @@ class Engine:
             "a", "http://a", ("m",), block_tokens=SIZE,
             kv_events=(f"tcp://127.0.0.1:{port}",), kv_replay=(f"tcp://127.0.0.1:{replay_port}",),
         )  # fmt: skip
-        self.lossy = Lossy(
+        self.publisher = Publisher(
             0, f"tcp://*:{port}", f"tcp://*:{replay_port}", buffer_steps=buffer_steps
         )
-        self._publisher = Ledger(self.lossy, "m", SIZE, (0,))
+        self._ledger = Ledger(self.publisher, "m", SIZE, (0,))
         self._ended = False
 
     def stores(self, blocks: int, start: int = 0) -> None:
@@ -72,14 +94,14 @@ class Engine:
             block_hashes=hashes, parent_block_hash=parent, token_ids=tokens, block_size=SIZE,
             lora_id=None, medium="GPU", lora_name=None, extra_keys=None, group_idx=0,
         )  # fmt: skip
-        self._publisher.publish(KVEventBatch(ts=time.time(), events=[event]))
+        self._ledger.publish(KVEventBatch(ts=time.time(), events=[event]))
 
     def removes(self, block: int) -> None:
         event = BlockRemoved(block_hashes=[block], medium="GPU", group_idx=0)
-        self._publisher.publish(KVEventBatch(ts=time.time(), events=[event]))
+        self._ledger.publish(KVEventBatch(ts=time.time(), events=[event]))
 
     def snapshot(self) -> Snapshot:
-        taken = self._publisher.snapshot()
+        taken = self._ledger.snapshot()
         assert taken is not None
         return Snapshot.read(taken)
 
@@ -88,8 +110,8 @@ class Engine:
         if self._ended:  # another one may have its addresses now
             return
         self._ended = True
-        self._publisher.shutdown()
-        until_s = time.monotonic() + 10.0
+        self._ledger.shutdown()
+        until_s = time.monotonic() + WAIT_S
         for address in (*self.record.kv_events, *self.record.kv_replay):
             while not _is_free(int(address.rpartition(":")[2])):
                 assert time.monotonic() < until_s, f"{address} is never given back"
@@ -140,17 +162,21 @@ async def feed(asked: Asked) -> AsyncIterator[tuple[Fleet, KvFeed]]:
     await made.close()
 
 
-def held(fleet: Fleet) -> int:
-    matches = fleet.index.match(Prompt("m", TOKENS))
+def held(fleet: Fleet, model: str = "m") -> int:
+    matches = fleet.index.match(Prompt(model, TOKENS))
     return matches["a#0"].total if matches else 0
 
 
-async def until(fleet: Fleet, tokens: int) -> None:
+async def until(condition: Callable[[], bool]) -> None:
     async def wait() -> None:
-        while held(fleet) != tokens:
+        while not condition():
             await asyncio.sleep(0.02)
 
-    await asyncio.wait_for(wait(), 20)
+    await asyncio.wait_for(wait(), WAIT_S)
+
+
+async def until_held(fleet: Fleet, tokens: int) -> None:
+    await until(lambda: held(fleet) == tokens)
 
 
 async def test_events_reach_the_index(engines: Any, feed: tuple[Fleet, KvFeed]) -> None:
@@ -158,13 +184,13 @@ async def test_events_reach_the_index(engines: Any, feed: tuple[Fleet, KvFeed]) 
     engine = engines()
     fleet.join(engine.record, 0.0)
     follows.follow(engine.record)
-    await asyncio.sleep(0.5)
+    await engine.publisher.is_followed()
     engine.stores(3)
-    await until(fleet, 12)
+    await until_held(fleet, 12)
     engine.stores(4, start=3)
-    await until(fleet, 16)
+    await until_held(fleet, 16)
     engine.removes(1)
-    await until(fleet, 4)
+    await until_held(fleet, 4)
 
 
 async def test_who_joins_late_is_told_what_was_before(
@@ -174,10 +200,10 @@ async def test_who_joins_late_is_told_what_was_before(
     engine = engines()
     engine.stores(2)
     engine.stores(4, start=2)
-    await asyncio.sleep(0.5)
+    await engine.publisher.idles()
     fleet.join(engine.record, 0.0)
     follows.follow(engine.record)
-    await until(fleet, 16)
+    await until_held(fleet, 16)
 
 
 async def test_what_the_publisher_no_longer_has_is_not_claimed(
@@ -187,14 +213,14 @@ async def test_what_the_publisher_no_longer_has_is_not_claimed(
     engine = engines(buffer_steps=2)
     for block in range(4):
         engine.stores(block + 1, start=block)
-    await asyncio.sleep(0.5)
+    await engine.publisher.idles()
     fleet.join(engine.record, 0.0)
     follows.follow(engine.record)
-    await asyncio.sleep(1.0)
+    await engine.publisher.is_followed()
+    await until(lambda: fleet.index.counts.unknown_parents == 2)
     assert held(fleet) == 0
-    assert fleet.index.counts.unknown_parents == 2
     engine.stores(4)  # as vLLM tells of blocks that it uses again
-    await until(fleet, 16)
+    await until_held(fleet, 16)
 
 
 async def test_an_engine_that_starts_anew_begins_empty(
@@ -204,15 +230,15 @@ async def test_an_engine_that_starts_anew_begins_empty(
     engine = engines()
     fleet.join(engine.record, 0.0)
     follows.follow(engine.record)
-    await asyncio.sleep(0.5)
+    await engine.publisher.is_followed()
     engine.stores(3)
     engine.stores(4, start=3)
-    await until(fleet, 16)
+    await until_held(fleet, 16)
     engine.ends()
     again = engines()
-    await asyncio.sleep(1.0)  # the socket connects again by itself
+    await again.publisher.is_followed()  # the socket connects again by itself
     again.stores(1)
-    await until(fleet, 4)
+    await until_held(fleet, 4)
 
 
 async def test_who_joins_late_is_told_by_a_snapshot_what_the_publisher_no_longer_has(
@@ -224,10 +250,10 @@ async def test_who_joins_late_is_told_by_a_snapshot_what_the_publisher_no_longer
         engine.stores(block + 1, start=block)
     fleet.join(engine.record, 0.0)
     follows.follow(engine.record)
-    await until(fleet, 12)
-    await asyncio.sleep(0.5)  # for its socket to be connected
+    await until_held(fleet, 12)
+    await engine.publisher.is_followed()
     engine.stores(4, start=3)  # whose parent is known from the snapshot alone
-    await until(fleet, 16)
+    await until_held(fleet, 16)
     assert fleet.index.counts.unknown_parents == 0
     assert asked.times == 1
 
@@ -241,13 +267,13 @@ async def test_events_while_a_snapshot_is_taken_are_neither_missed_nor_applied_t
     asked.passes.clear()
     fleet.join(engine.record, 0.0)
     follows.follow(engine.record)
-    await asyncio.sleep(0.5)
+    await engine.publisher.is_followed()
     assert held(fleet) == 0
     engine.removes(1)  # which the snapshot still has
     engine.stores(3)
     engine.stores(4, start=3)
     asked.passes.set()
-    await until(fleet, 16)
+    await until_held(fleet, 16)
     assert fleet.index.counts.removed == 1
     assert fleet.index.counts.unknown_removals == 0
     assert len(fleet.index) == 4
@@ -260,14 +286,14 @@ async def test_what_is_lost_under_way_is_made_good_by_a_snapshot(
     asked.engine = engine = engines(buffer_steps=1)
     fleet.join(engine.record, 0.0)
     follows.follow(engine.record)
-    await asyncio.sleep(0.5)
+    await engine.publisher.is_followed()
     engine.stores(1)
-    await until(fleet, 4)
-    engine.lossy.loses = True
+    await until_held(fleet, 4)
+    engine.publisher.loses = True
     engine.stores(3, start=1)
-    engine.lossy.loses = False
+    engine.publisher.loses = False
     engine.stores(4, start=3)
-    await until(fleet, 16)
+    await until_held(fleet, 16)
     assert asked.times == 2
 
 
@@ -279,14 +305,15 @@ async def test_unknown_parents_are_asked_for_and_not_guessed(
     engine = engines(buffer_steps=1)
     for block in range(3):
         engine.stores(block + 1, start=block)
-    await asyncio.sleep(0.5)
+    await engine.publisher.idles()
     fleet.join(engine.record, 0.0)
     follows.follow(engine.record)  # of an instance that gives no snapshot yet
-    await asyncio.sleep(0.5)
+    await engine.publisher.is_followed()
+    await until(lambda: fleet.index.counts.unknown_parents == 1)
     assert held(fleet) == 0
     asked.engine = engine
     engine.stores(4, start=3)
-    await until(fleet, 16)
+    await until_held(fleet, 16)
 
 
 async def test_a_snapshot_of_other_kv_is_not_used(
@@ -298,7 +325,6 @@ async def test_a_snapshot_of_other_kv_is_not_used(
     record = dataclasses.replace(engine.record, models=("another",))
     fleet.join(record, 0.0)
     follows.follow(record)
-    await asyncio.sleep(0.5)
+    await until(lambda: held(fleet, "another") == 16)  # from its events
     assert asked.times == 1
     assert held(fleet) == 0
-    assert fleet.index.match(Prompt("another", TOKENS))["a#0"].total == 16  # from its events

@@ -25,6 +25,7 @@ from xllm_scheduler.service.config import RouterSection
 from xllm_scheduler.service.router import Service
 
 TOKEN = "admin"
+WAIT_S = 60.0  # for what takes a moment, on however busy a machine
 MODEL = "stub"
 
 
@@ -144,7 +145,7 @@ async def router() -> AsyncIterator[Callable[..., Any]]:
             session = await stack.enter_async_context(aiohttp.ClientSession())
             made = Router(f"http://127.0.0.1:{port}", session, app.service)
             if wait:
-                await asyncio.wait_for(made.joined(len(stubs)), 10)
+                await asyncio.wait_for(made.joined(len(stubs)), WAIT_S)
             return made
 
         yield start

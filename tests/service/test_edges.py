@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from benchmarks.lab.stub_engine import tokens_of
-from tests.service.conftest import MODEL, Stub
+from tests.service.conftest import MODEL, WAIT_S, Stub
 from tests.service.test_gateway import (
     CHAT,
     COMPLETIONS,
     MESSAGES,
+    begun,
     chat,
     chunks,
     complete,
@@ -85,12 +86,12 @@ async def test_messages_of_another_type_are_the_instances_to_refuse(
 async def test_a_trial_whose_client_goes_lets_another_one_try(stub: Any, router: Any) -> None:
     """The circuit of an instance must not stay half-open for a request that nobody waits for."""
     one = await stub(token_ms=50.0)
-    url = await router(one, queue_s=5.0)
+    url = await router(one, queue_s=WAIT_S)
     service = url.service
     breaker = service.fleet._breakers[name_of(one)]
     for _ in range(breaker.failures):
         breaker.failed(-1000.0)
-    asking = asyncio.create_task(url.ask(COMPLETIONS, complete(max_tokens=1000)))
+    asking = asyncio.create_task(url.ask(COMPLETIONS, complete(max_tokens=100_000)))
     await until(lambda: one.engine.under_way)
     asking.cancel()
     await until(lambda: not one.engine.under_way)
@@ -115,11 +116,9 @@ async def test_several_answers_are_not_taken_for_one(
 ) -> None:
     stubs = [await stub(token_ms=10.0) for _ in range(2)]
     url = await router(*stubs)
-    asking = asyncio.create_task(url.stream(COMPLETIONS, complete(max_tokens=40, **more)))
-    await until(lambda: any(s.engine.under_way for s in stubs))
-    await asyncio.sleep(0.15)
+    data, answer = await begun(url, COMPLETIONS, complete(max_tokens=40, **more))
     await next(s for s in stubs if s.engine.under_way).dies()
-    last = chunks(await asking)[-1]
+    last = chunks(data + await answer.read())[-1]
     assert "the answer cannot go on" in last["error"]["message"]
 
 
@@ -172,8 +171,9 @@ async def test_a_prefill_that_takes_too_long_is_done_elsewhere(stub: Any, router
 
 
 async def test_an_image_is_not_taken_for_a_long_prompt(stub: Any, router: Any) -> None:
-    one = await stub(token_ms=20.0)
-    url = await router(one, routing="least_loaded")
+    one = await stub()
+    url = await router(one, routing="least_loaded", probe_s=60.0)
+    one.engine.hang()
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 400_000}}
     content = [{"type": "text", "text": "What is this?"}, image]
     asking = asyncio.create_task(
@@ -182,6 +182,7 @@ async def test_an_image_is_not_taken_for_a_long_prompt(stub: Any, router: Any) -
     await until(lambda: one.engine.under_way)
     (there,) = (await url.status())["instances"]
     assert 1000 < there["waiting_tokens"] < 1200
+    one.engine.go_on()
     await asking
 
 

@@ -7,7 +7,7 @@ import json
 import random
 from typing import Any
 
-from tests.service.conftest import MODEL, TOKEN
+from tests.service.conftest import MODEL, TOKEN, WAIT_S
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",
          "/v1/embeddings")  # fmt: skip
@@ -89,7 +89,7 @@ async def test_nothing_that_is_sent_breaks_it(stub: Any, router: Any, tmp_path: 
         if path.startswith("/xllm/") and rng.random() < 0.7:
             sent["authorization"] = f"Bearer {TOKEN}"
         call = url.session.request(method, url.url + path, data=body(rng), headers=sent)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(WAIT_S):
             async with call as answer:
                 await answer.read()
         # 502 and 503 say that what was asked for is not there; they are no fault.

@@ -7,11 +7,12 @@ import itertools
 import json
 from typing import Any
 
+import aiohttp
 import pytest
 
 from benchmarks.lab.server import free_port
 from benchmarks.lab.stub_engine import generated, text_of, tokens_of
-from tests.service.conftest import MODEL
+from tests.service.conftest import MODEL, WAIT_S
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -44,7 +45,17 @@ async def until(condition: Any) -> None:
         while not condition():
             await asyncio.sleep(0.01)
 
-    await asyncio.wait_for(wait(), 10)
+    await asyncio.wait_for(wait(), WAIT_S)
+
+
+async def begun(url: Any, path: str, body: dict[str, Any]) -> tuple[bytes, aiohttp.ClientResponse]:
+    """The first tokens of a stream, and its answer, from which the rest is still to be read."""
+    answer = await url.session.post(url.url + path, json={**body, "stream": True})
+    assert answer.status == 200
+    data = b""
+    while data.count(b"\n\n") < 4:
+        data += await answer.content.readany()
+    return data, answer
 
 
 async def test_an_answer_comes_as_the_instance_gave_it(stub: Any, router: Any) -> None:
@@ -77,11 +88,15 @@ async def test_a_stream_comes_whole_and_without_what_was_added(
 
 
 async def test_requests_of_one_name_do_not_get_mixed_up(stub: Any, router: Any) -> None:
-    one = await stub(token_ms=5.0)
-    url = await router(one)
+    one = await stub()
+    url = await router(one, probe_s=60.0)
+    one.engine.hang()
     headers = {"x-request-id": "same"}
     asked = [url.ask(COMPLETIONS, complete(prompt=f"p{n}"), headers=headers) for n in range(5)]
-    found = [answer["choices"][0]["text"] for answer in await asyncio.gather(*asked)]
+    asking = asyncio.gather(*asked)
+    await until(lambda: one.engine.under_way == 5)
+    one.engine.go_on()
+    found = [answer["choices"][0]["text"] for answer in await asking]
     assert found == [expected(f"p{n}") for n in range(5)]
     assert len({sent["x-request-id"] for _, sent in one.engine.asked}) == 5
     assert (await url.status())["instances"][0]["running"] == 0
@@ -135,7 +150,7 @@ async def test_without_an_instance_it_says_so_and_when_to_come_again(router: Any
 
 
 async def test_a_request_waits_for_an_instance_that_joins(stub: Any, router: Any) -> None:
-    url = await router(queue_s=10.0)
+    url = await router(queue_s=WAIT_S)
     asking = asyncio.create_task(url.ask(CHAT, chat()))
     await asyncio.sleep(0.1)
     await url.admin("POST", "/instances", json={"url": (await stub()).url})
@@ -143,12 +158,14 @@ async def test_a_request_waits_for_an_instance_that_joins(stub: Any, router: Any
 
 
 async def test_more_requests_than_are_allowed_are_refused(stub: Any, router: Any) -> None:
-    one = await stub(token_ms=50.0)
-    url = await router(one, most_requests=1)
+    one = await stub()
+    url = await router(one, most_requests=1, probe_s=60.0)
+    one.engine.hang()
     first = asyncio.create_task(url.stream(COMPLETIONS, complete()))
     await until(lambda: one.engine.under_way)
     found = await url.ask(COMPLETIONS, complete(), status=429)
     assert found["error"]["type"] == "rate_limit_error"
+    one.engine.go_on()
     assert text(await first) == expected("hello")
 
 
@@ -158,7 +175,7 @@ async def test_a_client_that_goes_frees_the_instance(
 ) -> None:
     one = await stub(token_ms=50.0)
     url = await router(one)
-    body = complete(stream=streamed, max_tokens=1000)
+    body = complete(stream=streamed, max_tokens=100_000)
     asking = asyncio.create_task(url.ask(COMPLETIONS, body))
     await until(lambda: one.engine.under_way)
     asking.cancel()
@@ -182,14 +199,10 @@ async def test_an_answer_goes_on_elsewhere_without_a_token_lost_or_doubled(
 ) -> None:
     stubs = [await stub(token_ms=10.0) for _ in range(2)]
     url = await router(*stubs)
-    asking = asyncio.create_task(
-        url.stream(path, {**body, "stream_options": {"include_usage": True}})
-    )
-    await until(lambda: any(s.engine.under_way for s in stubs))
-    await asyncio.sleep(0.15)
+    data, answer = await begun(url, path, {**body, "stream_options": {"include_usage": True}})
     serving = next(s for s in stubs if s.engine.under_way)
     await serving.dies()
-    data = await asking
+    data += await answer.read()
     assert text(data) == expected(prompt, 40)
     assert len({chunk["id"] for chunk in chunks(data)}) == 1
     usage = chunks(data)[-1]["usage"]
@@ -199,32 +212,34 @@ async def test_an_answer_goes_on_elsewhere_without_a_token_lost_or_doubled(
     assert 0 < other.engine.asked[-1][0]["max_tokens"] < 40
 
 
-@pytest.mark.parametrize("streamed", [True, False])
-async def test_an_instance_that_hangs_is_given_up(stub: Any, router: Any, streamed: bool) -> None:
+async def test_an_instance_that_hangs_in_its_answer_is_given_up(stub: Any, router: Any) -> None:
     """As a stopped process: its connections stay, and nothing comes any more."""
     stubs = [await stub(token_ms=20.0) for _ in range(2)]
     url = await router(*stubs)
-    asking = asyncio.create_task(
-        url.stream(COMPLETIONS, complete(max_tokens=30))
-        if streamed
-        else url.ask(COMPLETIONS, complete(max_tokens=30))
-    )
-    await until(lambda: any(s.engine.under_way for s in stubs))
-    await asyncio.sleep(0.1)
+    data, answer = await begun(url, COMPLETIONS, complete(max_tokens=30))
     next(s for s in stubs if s.engine.under_way).engine.hang()
-    answer = await asyncio.wait_for(asking, 20)
-    found = text(answer) if streamed else answer["choices"][0]["text"]
-    assert found == expected("hello", 30)
+    data += await asyncio.wait_for(answer.read(), WAIT_S)
+    assert text(data) == expected("hello", 30)
+
+
+async def test_an_instance_that_hangs_before_its_answer_is_given_up(stub: Any, router: Any) -> None:
+    stubs = [await stub() for _ in range(2)]
+    url = await router(*stubs)
+    for one in stubs:
+        one.engine.hang()
+    asking = asyncio.create_task(url.ask(COMPLETIONS, complete(max_tokens=30)))
+    await until(lambda: any(s.engine.under_way for s in stubs))
+    next(s for s in stubs if not s.engine.under_way).engine.go_on()
+    answer = await asyncio.wait_for(asking, WAIT_S)
+    assert answer["choices"][0]["text"] == expected("hello", 30)
 
 
 async def test_an_answer_that_may_not_go_on_ends_with_the_reason(stub: Any, router: Any) -> None:
     stubs = [await stub(token_ms=10.0) for _ in range(2)]
     url = await router(*stubs)
-    asking = asyncio.create_task(url.stream(CHAT, chat(max_tokens=40, seed=1)))
-    await until(lambda: any(s.engine.under_way for s in stubs))
-    await asyncio.sleep(0.15)
+    data, answer = await begun(url, CHAT, chat(max_tokens=40, seed=1))
     await next(s for s in stubs if s.engine.under_way).dies()
-    last = chunks(await asking)[-1]
+    last = chunks(data + await answer.read())[-1]
     assert "the answer cannot go on: seed is set" in last["error"]["message"]
 
 
@@ -359,7 +374,7 @@ async def test_policies_change_while_it_serves(stub: Any, router: Any) -> None:
 
 async def test_what_the_router_tells_of_itself(stub: Any, router: Any) -> None:
     url = await router(await stub(), await stub())
-    await url.stream(CHAT, chat())
+    await url.stream(CHAT, chat(vllm_xargs={"xllm_ttft_ms": 6e4, "xllm_tpot_ms": 6e4}))
     async with url.session.get(url.url + "/v1/models") as answer:
         models = await answer.json()
     assert [(m["id"], m["max_model_len"]) for m in models["data"]] == [(MODEL, 100_000)]
@@ -394,9 +409,9 @@ async def test_a_listed_instance_that_was_gone_for_long_comes_back(stub: Any, ro
         while await known() != count:
             await asyncio.sleep(0.05)
 
-    await asyncio.wait_for(wait(0), 20)
+    await asyncio.wait_for(wait(0), WAIT_S)
     await stub(port=int(one.url.rpartition(":")[2]))
-    await asyncio.wait_for(wait(1), 20)
+    await asyncio.wait_for(wait(1), WAIT_S)
     assert (await url.ask(CHAT, chat()))["choices"]
 
 
@@ -405,7 +420,7 @@ async def test_an_instance_that_is_listed_joins_when_it_is_there(stub: Any, rout
     url = await router(instances=f"http://127.0.0.1:{port}", wait=False)
     assert (await url.status())["instances"] == []
     await stub(port=port)
-    await asyncio.wait_for(url.joined(1), 10)
+    await asyncio.wait_for(url.joined(1), WAIT_S)
     assert (await url.ask(CHAT, chat()))["choices"]
 
 

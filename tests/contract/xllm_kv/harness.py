@@ -29,6 +29,7 @@ from xllm_kv.tiers.worker import HostCopies
 
 HIT, MISS, PENDING = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING
 CHUNK, CHUNKS, TOKENS = 4096, 8, 16
+MOST_LOOKS = 6_000  # a minute's, for what takes a moment on a machine that is not busy
 END = ScheduleEndContext((), ())
 
 
@@ -112,7 +113,7 @@ class Engine:
 
     def found(self, context: ReqContext, *numbers: int) -> list[LookupResult]:
         """What lookups say once nothing is under way any more."""
-        for _ in range(500):
+        for _ in range(MOST_LOOKS):
             results = [self.manager.lookup(key(number), context) for number in numbers]
             self.manager.on_schedule_end(END)
             if not {LookupResult.HIT_PENDING, LookupResult.RETRY} & set(results):
@@ -122,7 +123,7 @@ class Engine:
 
     def settled(self) -> None:
         """Until nothing is under way."""
-        for _ in range(500):
+        for _ in range(MOST_LOOKS):
             self.manager.on_schedule_end(END)
             if not self.manager.has_pending_work():
                 return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,8 +247,10 @@ def test_a_fetch_that_is_late_is_given_up(tmp_path: Path, monkeypatch: pytest.Mo
     engine = Engine("late", **disk(tmp_path))
     monkeypatch.setattr(engine.manager, "_clock", lambda: clock.s)
 
+    may_go_on = threading.Event()
+
     def slowly(*args: Any) -> None:
-        time.sleep(0.2)
+        may_go_on.wait(120)
         read_block(*args)
 
     monkeypatch.setattr(module, "read_block", slowly)
@@ -257,6 +259,7 @@ def test_a_fetch_that_is_late_is_given_up(tmp_path: Path, monkeypatch: pytest.Mo
     engine.manager.on_schedule_end(END)
     clock.s = 60.0
     assert engine.manager.lookup(key(1), slow) is MISS
+    may_go_on.set()
     engine.settled()
     assert engine.manager.prices.counts["DiskTier"].late == 1
     # It has come in the meantime, and lies in host memory.

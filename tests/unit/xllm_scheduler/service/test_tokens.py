@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
+from xllm_scheduler.service import tokens as module
 from xllm_scheduler.service.peek import Peek
 from xllm_scheduler.service.registry import Record
 from xllm_scheduler.service.tokens import Tokens
@@ -94,10 +96,15 @@ async def settled(tokens: Tokens) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_the_first_prompt_does_not_wait_for_the_tokenizer(start: Start) -> None:
+async def test_the_first_prompt_does_not_wait_for_the_tokenizer(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_load, load = threading.Event(), module._loaded
+    monkeypatch.setattr(module, "_loaded", lambda name: may_load.wait(120) and load(name))
     instance, tokens = await start([])
     first = await tokens.prompt(CHAT, asked("a bridge"))
     assert (list(first.tokens), instance.asked) == ([6, 4, 5], 1)
+    may_load.set()
     await settled(tokens)  # which asks once to compare
     second = await tokens.prompt(CHAT, asked("the two"))
     assert (list(second.tokens), instance.asked) == ([6, 2, 3], 2)

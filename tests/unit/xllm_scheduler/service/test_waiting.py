@@ -53,7 +53,7 @@ async def test_a_cancellation_in_the_moment_of_the_end_is_not_lost() -> None:
         for _ in range(hops):
             await asyncio.sleep(0)
         task.cancel()
-        await asyncio.wait((task,), timeout=1.0)
+        await asyncio.wait((task,), timeout=60.0)
         assert task.cancelled(), hops
         task = asyncio.create_task(rounds())
     task.cancel()
