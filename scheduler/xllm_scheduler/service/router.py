@@ -264,7 +264,6 @@ class Service:
         section: RouterSection = parse_section(RouterSection, "router", merged)
         routing, roles = _guarded(section), roles_of(section)
         if routing.reads_cached and not self.fleet.routing.reads_cached:
-            self.tokens.prepare()
             for member in self.fleet.registry.members.values():
                 self.feed.follow(member.record)
         self.section, self.fleet.routing, self.fleet.roles = section, routing, roles

@@ -57,7 +57,7 @@ class Tokens:
         self._kept_tokens = 0
 
     def prepare(self) -> None:
-        """Import what tokenises, which takes seconds that no request should wait for."""
+        """Import what tokenises before anything is served; later it is done in a thread, slowly."""
         if self._mode == "auto":
             _library()
 
