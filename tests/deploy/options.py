@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from tests.contract.children import run_child
 from xllm_plugins.cli import parser
@@ -13,11 +14,12 @@ from xllm_scheduler.config import SchedulerSection
 from xllm_scheduler.service.command import settings_of
 from xllm_scheduler.service.config import RouterSection
 
-# `vllm serve` with each of the command lines; of those that are refused the reason.
+# The models that `vllm serve` reads from command lines, or why it does not; and vLLM's variables.
 _PARSE = """
 import json, sys
 from tests.contract.children import forked
 from vllm.entrypoints.cli.serve import cmd_init
+from vllm.envs import environment_variables
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 top = FlexibleArgumentParser()
@@ -26,19 +28,37 @@ for command in cmd_init():
     command.subparser_init(commands)
 lines = json.loads(sys.argv[1])
 ends = [forked(lambda line=line: str(top.parse_args(["serve", *line]).model_tag)) for line in lines]
-print(json.dumps([[end["result"], end["error"] or end["stderr"][-500:]] for end in ends]))
+read = [end["result"] or end["error"] or end["stderr"][-500:] for end in ends]
+print(json.dumps({"read": read, "variables": list(environment_variables)}))
 """
 
 
-def serve_refusals(lines: Sequence[Sequence[str]]) -> list[str]:
-    """What ``vllm serve`` with our options refuses of command lines that begin with a model.
+class Instance(NamedTuple):
+    """How a deployment starts one."""
+
+    line: Sequence[str]
+    """What follows ``vllm serve``; the model is the first."""
+    environment: Mapping[str, str]
+
+
+def refused(instances: Sequence[Instance]) -> list[str]:
+    """What ``vllm serve`` with our options does not take of some instances' options and variables.
 
     Raises:
+        ConfigError: a variable is not a setting of ours, or has a value that is not allowed.
         AssertionError: the child that parses them failed.
     """
-    found = run_child(_PARSE, json.dumps(lines), env={"VLLM_LOGGING_LEVEL": "ERROR"})
-    pairs = zip(lines, found, strict=True)
-    return [f"{line}: {why}" for line, (model, why) in pairs if model != line[0]]
+    sections = registry().sections()
+    for one in instances:
+        resolve(sections, [source_from_environment(sections, one.environment)])
+    found = run_child(_PARSE, json.dumps([list(one.line) for one in instances]))
+    names = {name for one in instances for name in one.environment if name.startswith("VLLM_")}
+    lines = [
+        f"{one.line}: {read}"
+        for one, read in zip(instances, found["read"], strict=True)
+        if read != one.line[0]
+    ]
+    return [*lines, *sorted(names - {*found["variables"]})]
 
 
 def check_router(line: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -51,20 +71,3 @@ def check_router(line: Sequence[str], environment: Mapping[str, str]) -> None:
     settings_of(parser().parse_args(["router", *line]))
     sections = {"router": RouterSection, "scheduler": SchedulerSection}
     resolve(sections, [source_from_environment(sections, environment)])
-
-
-def check_instance(environment: Mapping[str, str]) -> None:
-    """Takes an instance's settings from its environment.
-
-    Raises:
-        ConfigError: a setting is not known, or has a value that is not allowed.
-    """
-    sections = registry().sections()
-    resolve(sections, [source_from_environment(sections, environment)])
-
-
-def unknown_to_vllm(environment: Mapping[str, str]) -> set[str]:
-    """Of an instance's variables those that begin with ``VLLM_`` and that vLLM does not read."""
-    from vllm.envs import environment_variables
-
-    return {name for name in environment if name.startswith("VLLM_")} - {*environment_variables}

@@ -10,14 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+import tomllib
 
 from tests.deploy.chart import DEPLOY, ROOT
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = pytest.importorskip("tomllib")
 
 PATH = DEPLOY / "docker" / "Dockerfile"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
