@@ -29,10 +29,10 @@ def declared() -> dict[str, set[str]]:
             total = "_total" if metric.kind == "counter" else ""
             found[f"{PREFIX}{metric.name}{total}"] = {"engine", *metric.labels}
     seen = Seen()
+    collectors: dict[str, Any] = seen.registry._names_to_collectors
     for name in exported(generate_latest(seen.registry).decode()):
         base = re.sub(r"_(total|bucket|sum|count|created)$", "", name)
-        collector = seen.registry._names_to_collectors[base]
-        found[name] = {*collector._labelnames, *({"le"} if name.endswith("_bucket") else ())}
+        found[name] = {*collectors[base]._labelnames, *({"le"} if name.endswith("_bucket") else ())}
     return found
 
 
