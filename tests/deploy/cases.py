@@ -54,7 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({}, "auth.adminToken and auth.existingSecret are both empty; give one."),
-    ({"auth": {"adminToken": "12345678"}}, "auth.adminToken has to begin with a letter"),
+    ({"auth": {"adminToken": 12345678}}, "'/auth/adminToken': got number, want string"),
     ({"auth": AUTH, "router": {"replica": 2}}, "'/router': additional properties 'replica' not"),
     ({"auth": AUTH, "router": {"replicas": 0}}, "'/router/replicas': minimum: got 0, want 1"),
     (
