@@ -37,9 +37,9 @@ ascend: ## Test on vllm-ascend 0.23.0, without an NPU (ARGS="-k name")
 	@.ci/setup-ascend
 	PYTHONPATH=$(ASCEND) $(PY) -m pytest tests/ascend $(ARGS)
 
-seams: ## Hold every seam against another vLLM, and renew its column in the docs (VERSION=0.33.0)
+seams: ## Hold every seam against another vLLM, and renew its column in the docs (VERSION=0.33.0 WITH=orjson)
 	@.ci/setup --dev
-	@case "$(VERSION)" in 0.23.0) .ci/setup-ascend ;; *) .ci/setup-vllm "$(VERSION)" ;; esac
+	@case "$(VERSION)" in 0.23.0) .ci/setup-ascend ;; *) .ci/setup-vllm "$(VERSION)" $(WITH) ;; esac
 	$(PY) -m tests.upstream.seams $(VERSION)
 
 lint: ## Check style and types

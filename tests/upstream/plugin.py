@@ -156,7 +156,8 @@ def _configured(settings: dict[str, Any], original: Any, self: Any, *args: Any, 
     from xllm_plugins.activation import REPORT_KEY, SETTINGS_KEY
 
     base = next(cls for cls in type(self).__mro__ if cls.__module__ in _CLASSES)
-    feature = {"feature": "scheduler", "attached_to": f"{base.__module__}.{base.__qualname__}"}
+    attached = f"{base.__module__}.{base.__qualname__}"
+    feature = {"feature": "scheduler", "active": True, "attached_to": attached}
     vllm_config = kw["vllm_config"] if "vllm_config" in kw else args[0]
     vllm_config.additional_config.setdefault(SETTINGS_KEY, {"scheduler": settings})
     vllm_config.additional_config.setdefault(REPORT_KEY, {"features": [feature]})

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -141,13 +142,14 @@ def table(kept: Mapping[str, Rows]) -> str:
         upstream = "" if upstream_of(seam) != ASCEND else f"{ASCEND} "
         cells = [f"{upstream}`{module.HOLDS_FOR}`", *(cell(seam, v, kept) for v in versions)]
         lines.append(f"| `{seam}` | {module.WHY} | {' | '.join(cells)} | {module.WITHOUT} |")
-    lacks = [
-        f"- {version}, `{seam}`: {why}"
-        for version in versions
-        for seam, (_, why) in kept[version].items()
-        if why
-    ]
-    return "\n".join([*lines, "", *lacks])
+    lacks: dict[str, list[str]] = {}
+    for version in versions:
+        for seam, (_, why) in kept[version].items():
+            if why:
+                short = re.sub(" is not there: .*", " is not there", why)
+                lacks.setdefault(f"`{seam}`: {short}", []).append(version)
+    notes = [f"- {', '.join(where)}, {what}." for what, where in sorted(lacks.items())]
+    return "\n".join([*lines, "", *notes])
 
 
 def read() -> dict[str, Rows]:

@@ -19,6 +19,8 @@ MODES = WITHOUT, INSTALLED, ON = ("without", "installed", "on")
 _PLUGIN = "plugin"  # the one for vLLM's scheduler tests; here there is no package of ours around it
 # vllm-ascend's conftest has stand-ins for torch_npu of its own, which have to come first.
 _LATE = importlib.util.find_spec("vllm_ascend") is not None
+# Ours stands back from these of vllm-ascend.
+_SCHEDULERS = ("recompute_scheduler", "scheduler_dynamic_batch", "scheduler_profiling_chunk")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,6 +58,8 @@ def _enter(config: pytest.Config) -> None:
     load_general_plugins()
     assert ("xllm_plugins.vllm_entry" in sys.modules) == (options.mode != WITHOUT)
     if options.mode == ON:
+        for name in _SCHEDULERS if _LATE else ():
+            import_module(f"vllm_ascend.core.{name}")  # which keep vLLM's class for a base
         settings = shared.settings(options.outcomes.parent, half_offline=False)
         recorder = config.pluginmanager.get_plugin("recorder")
         shared.substitute(recorder, settings, half_offline=False)
