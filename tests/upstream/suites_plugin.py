@@ -43,6 +43,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         _enter(session.config)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Shorten the random tests."""
+    import_module(_PLUGIN).pytest_collection_modifyitems(items)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Leave the outcomes behind."""
     recorder: Any = config.pluginmanager.get_plugin("recorder")
