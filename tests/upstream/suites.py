@@ -4,8 +4,7 @@
 
 Each suite runs three times: with our plugin hidden from vLLM, with it installed and not chosen, and
 with all of its features chosen and the elastic scheduler in place of vLLM's. What passes without us
-has to pass with us, unless ``DIFFERS`` says why it cannot; what fails without us, for want of an
-NPU, of kernels or of a hub, is counted and no more.
+has to pass with us; what fails without us, for want of an NPU, of kernels or of a hub, does not.
 """
 
 from __future__ import annotations
@@ -54,8 +53,6 @@ EXCLUDED = {
     f"{_CONNECTOR}/test_mooncake_store_hma_e2e.py": _SERVES,
     f"{_CONNECTOR}/test_offloading_connector.py": _SERVES,
 }
-# Tests that pass without us and cannot when the elastic scheduler is on, and why.
-DIFFERS: dict[str, str] = {}
 
 
 def main() -> int:
@@ -74,9 +71,8 @@ def main() -> int:
         lost = sorted(wanted - passed(outcomes))
         print(f"{suite}: {len(wanted) - len(lost)} of these pass with us {mode}")
         for test in lost:
-            if test.partition("[")[0] not in DIFFERS or mode != ON:
-                why = outcomes.get(test, {}).get("why", "it did not run").splitlines()[0]
-                problems.append(f"{mode}: {test}\n    {why.removeprefix(f'{source}/')}")
+            why = outcomes.get(test, {}).get("why", "it did not run").splitlines()[0]
+            problems.append(f"{mode}: {test}\n    {why.removeprefix(f'{source}/')}")
     print("\n".join(problems))
     return 1 if problems else 0
 
