@@ -7,14 +7,14 @@ ARGS ?=
 .PHONY: help run test upstream zoo ascend lint fmt bench wheel clean
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: ## Serve a small real model with the plugins and try it (ARGS="--once")
 	@.ci/setup
 	@$(PY) examples/quickstart.py $(ARGS)
 
 test: lint ## Check and test everything, on vLLM 0.23.0 and vllm-ascend too (ARGS="-k name")
-	@.ci/setup-023
+	@.ci/setup-vllm 0.23.0
 	PYTHONPATH=$(OLDER_VLLM) XLLM_EXPECT_VLLM=0.23.0 $(PY) -m pytest tests/contract
 	.ci/upstream-tests
 	$(PY) -m pytest $(ARGS)
@@ -45,6 +45,20 @@ fmt: ## Format the code and fix what ruff can
 bench: ## Measure online SLOs beside an offline batch, about 90 minutes (ARGS="--requests 40")
 	@.ci/setup
 	$(PY) -m benchmarks.colocation $(ARGS)
+
+.PHONY: upstream-023 seams
+upstream-023: ## Run the unit tests of vLLM 0.23.0 and vllm-ascend 0.23.0 without us, with us, and with us on
+	@.ci/setup --dev
+	@.ci/setup-ascend
+	@.ci/setup-tests vllm 0.23.0 760269db3d9611e12e524681df1bca0977d5d2f5fcb4481cc34d33efc4ae7ff5
+	@.ci/setup-tests vllm-ascend 0.23.0 a58db76eaffcf328b13b315a0db3a57d381a8947d01057ddcefe4ad02372b242
+	PYTHONPATH=$(OLDER_VLLM) $(PY) -m tests.upstream.suites vllm .cache/vllm-0.23.0-tests
+	PYTHONPATH=$(ASCEND) $(PY) -m tests.upstream.suites vllm-ascend .cache/vllm-ascend-0.23.0-tests
+
+seams: ## Hold every seam against another vLLM, and renew its column in the docs (VERSION=0.33.0 WITH=orjson)
+	@.ci/setup --dev
+	@case "$(VERSION)" in 0.23.0) .ci/setup-ascend ;; *) .ci/setup-vllm "$(VERSION)" $(WITH) ;; esac
+	$(PY) -m tests.upstream.seams $(VERSION)
 
 wheel: ## Build and check dist/*.whl and the source package
 	@.ci/setup --dev

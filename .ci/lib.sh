@@ -1,4 +1,4 @@
-# Shared by .ci/setup and .ci/setup-023; sourced from the repository's root.
+# Shared by .ci/setup and .ci/setup-vllm; sourced from the repository's root.
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 

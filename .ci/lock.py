@@ -8,7 +8,7 @@ CPU build of torch. pip resolves and installs nothing; the locks are later insta
     torch.lock       torch by version only: its wheel may come from different indexes
     cpu.lock         what runs vLLM on a CPU and builds this project
     dev.lock         what tests and checks need beyond that
-    vllm-0.23.lock   the older vLLM, whose Python the contract tests read
+    vllm-0.23.0.lock the older vLLM, whose Python the contract tests read
     vllm-ascend.lock what runs that vLLM on an NPU, for the tests of Ascend
 """
 
@@ -83,7 +83,7 @@ def main() -> None:
     write("cpu.lock", hashed(pin for pin in runtime if pin.name != "torch"))
     moving = resolve([*TRANSFER, "--no-deps"])
     write("dev.lock", hashed(sorted({*moving, *together} - set(runtime))))
-    write("vllm-0.23.lock", hashed(resolve([*OLDER_VLLM, "--no-deps"])))
+    write("vllm-0.23.0.lock", hashed(resolve([*OLDER_VLLM, "--no-deps"])))
     write("vllm-ascend.lock", hashed(resolve([*ASCEND, "--no-deps"])))
 
 

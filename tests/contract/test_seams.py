@@ -48,6 +48,7 @@ def test_a_seam_holds(seam: str) -> None:
 def test_a_seam_says_why_it_is_there_and_what_it_relies_on(seam: str) -> None:
     module = load_seam(seam)
     assert module.WHY.endswith(".")
+    assert module.WITHOUT.endswith(".")
     assert SpecifierSet(module.HOLDS_FOR).contains("0.32.0" if seam in IN_VLLM else "0.23.0")
     assert module.SEAM
     assert all(isinstance(target, compat.Target) for target in module.SEAM)

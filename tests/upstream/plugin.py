@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,7 +69,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     sys.modules.setdefault("ray", ModuleType("ray"))
     if options.scheduler != THEIRS:
         half_offline = options.scheduler == HALF_OFFLINE
-        _substitute(recorder, _settings(options.outcomes.parent, half_offline), half_offline)
+        substitute(recorder, settings(options.outcomes.parent, half_offline), half_offline)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -96,7 +97,7 @@ def caplog_vllm(
         yield caplog
 
 
-def _settings(folder: Path, half_offline: bool) -> dict[str, Any]:
+def settings(folder: Path, half_offline: bool) -> dict[str, Any]:
     """The section ``scheduler``: as by default, but no priority makes a request offline.
 
     With offline requests there is always time for them: SLOs are far off and the machine is known
@@ -124,7 +125,8 @@ def _settings(folder: Path, half_offline: bool) -> dict[str, Any]:
     return {**section_values(plain), "ttft_ms": 1e9, "tpot_ms": 1e9, "profile": str(path)}
 
 
-def _substitute(recorder: Recorder, settings: dict[str, Any], half_offline: bool) -> None:
+def substitute(recorder: Recorder, settings: dict[str, Any], half_offline: bool) -> None:
+    """Put the elastic scheduler of each class in its place."""
     from xllm_scheduler.engine.scheduler import ElasticMixin, elastic_class
 
     _wrap(ElasticMixin, "__init__", functools.partial(_configured, settings))
@@ -133,7 +135,8 @@ def _substitute(recorder: Recorder, settings: dict[str, Any], half_offline: bool
     if half_offline:
         _wrap(ElasticMixin, "add_request", functools.partial(_every_other_offline, recorder))
     # All are imported before the first is replaced: vLLM's own classes stay each other's bases.
-    for module, names in [(import_module(name), names) for name, names in _CLASSES.items()]:
+    known = {name: names for name, names in _CLASSES.items() if find_spec(name)}
+    for module, names in [(import_module(name), names) for name, names in known.items()]:
         for name in names:
             setattr(module, name, elastic_class(getattr(module, name)))
 
@@ -153,7 +156,8 @@ def _configured(settings: dict[str, Any], original: Any, self: Any, *args: Any, 
     from xllm_plugins.activation import REPORT_KEY, SETTINGS_KEY
 
     base = next(cls for cls in type(self).__mro__ if cls.__module__ in _CLASSES)
-    feature = {"feature": "scheduler", "attached_to": f"{base.__module__}.{base.__qualname__}"}
+    attached = f"{base.__module__}.{base.__qualname__}"
+    feature = {"feature": "scheduler", "active": True, "attached_to": attached}
     vllm_config = kw["vllm_config"] if "vllm_config" in kw else args[0]
     vllm_config.additional_config.setdefault(SETTINGS_KEY, {"scheduler": settings})
     vllm_config.additional_config.setdefault(REPORT_KEY, {"features": [feature]})

@@ -1,9 +1,10 @@
 """The only code that touches vLLM's or vllm-ascend's internals: one file per seam.
 
-Each seam module carries three constants: ``WHY`` it is needed, the versions it ``HOLDS_FOR``
-(a version specifier), and ``SEAM``, the upstream objects and parameters that it relies on. One may
-have a function ``check`` too, which says what does not hold that no name or parameter tells; one in
-vllm-ascend has ``UPSTREAM``. :func:`inspect_seam` holds them against what is installed.
+Each seam module carries four constants: ``WHY`` it is needed, what is the case ``WITHOUT`` it, the
+versions it ``HOLDS_FOR`` (a version specifier), and ``SEAM``, the upstream objects and parameters
+that it relies on. One may have a function ``check`` too, which says what does not hold that no name
+or parameter tells; one in vllm-ascend has ``UPSTREAM``. :func:`inspect_seam` holds them against
+what is installed.
 """
 
 from __future__ import annotations
@@ -109,23 +110,41 @@ def inspect_seam(name: str) -> SeamReport:
     from packaging.specifiers import SpecifierSet  # late: a dormant start-up does not pay for it
 
     module, upstream = load_seam(name), upstream_of(name)
-    version = vllm_version() if upstream == VLLM else distribution_version(upstream)
+    version = _installed(upstream)
     if version is None:
         return SeamReport(name, False, f"{upstream} is not installed")
     if not SpecifierSet(module.HOLDS_FOR).contains(version, prereleases=True):
         return SeamReport(
             name, False, f"holds for {upstream} {module.HOLDS_FOR}, here is {version}"
         )
-    for target in module.SEAM:
-        if target.versions and not SpecifierSet(target.versions).contains(version, True):
-            continue
+    problem = missing(name)
+    return SeamReport(name, not problem, problem or f"{upstream} {version}")
+
+
+def missing(name: str) -> str:
+    """What a seam relies on and does not find in what is installed, whatever it is declared for."""
+    for target in targets_here(name):
         problem = _problem(target)
         if problem:
-            return SeamReport(name, False, problem)
-    problem = module.check() if hasattr(module, "check") else ""
-    if problem:
-        return SeamReport(name, False, problem)
-    return SeamReport(name, True, f"{upstream} {version}")
+            return problem
+    module = load_seam(name)
+    return str(module.check()) if hasattr(module, "check") else ""
+
+
+def targets_here(name: str) -> list[Target]:
+    """What a seam relies on in the version that is installed."""
+    from packaging.specifiers import SpecifierSet
+
+    version = _installed(upstream_of(name)) or "0"
+    return [
+        target
+        for target in load_seam(name).SEAM
+        if SpecifierSet(target.versions).contains(version, prereleases=True)
+    ]
+
+
+def _installed(upstream: str) -> str | None:
+    return vllm_version() if upstream == VLLM else distribution_version(upstream)
 
 
 def resolve_target(path: str) -> Any:
@@ -140,7 +159,7 @@ def resolve_target(path: str) -> Any:
 def _problem(target: Target) -> str:
     try:
         found = resolve_target(target.path)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001 - upstream's imports may raise anything
         return f"{target.path} is not there: {error}"
     if target.parameters:
         names = [p for p in inspect.signature(found).parameters if p in target.parameters]

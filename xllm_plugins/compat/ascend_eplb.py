@@ -20,6 +20,7 @@ from xllm_plugins.compat.lazy import when_imported
 
 UPSTREAM = ASCEND
 WHY = "vllm-ascend's table of EPLB policies is closed."
+WITHOUT = "vllm-ascend's own policy plans, and xllm.eplb is off."
 HOLDS_FOR = ">=0.23,<0.24"
 _CORE, _CONFIG = "vllm_ascend.eplb.core", "vllm_ascend.ascend_config"
 _FACTORY = f"{_CORE}.policy.policy_factory"

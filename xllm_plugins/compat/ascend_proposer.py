@@ -17,6 +17,7 @@ from xllm_plugins.compat.lazy import when_imported
 
 UPSTREAM = ASCEND
 WHY = "vllm-ascend's runner knows no custom_class proposer."
+WITHOUT = "xllm.spec_decode is off on NPUs."
 HOLDS_FOR = ">=0.23,<0.24"
 _RUNNER = "vllm_ascend.worker.model_runner_v1"
 _NGRAM = "vllm_ascend.spec_decode.ngram_proposer:AscendNgramProposer"

@@ -13,6 +13,7 @@ from xllm_plugins.compat.lazy import when_imported
 from xllm_plugins.errors import XllmError
 
 WHY = "vLLM has no option to choose plugins, and no hook to add an option."
+WITHOUT = "XLLM_PLUGINS and XLLM_CONFIG choose instead of the options."
 HOLDS_FOR = ">=0.23,<0.33"
 SEAM = (
     Target("vllm.engine.arg_utils:EngineArgs.add_cli_args", ("parser",)),

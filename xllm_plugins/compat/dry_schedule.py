@@ -15,6 +15,7 @@ from xllm_plugins.compat import Target
 from xllm_plugins.compat.scheduler_levers import Lever, hold, token_budget
 
 WHY = "Some schedulers choose by the configuration between bodies that read other levers."
+WITHOUT = "xllm.scheduler is off."
 HOLDS_FOR = ">=0.23,<0.33"
 _CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector"
 SEAM = (

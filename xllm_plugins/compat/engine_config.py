@@ -11,6 +11,7 @@ from xllm_plugins.compat import Target, patch
 from xllm_plugins.compat.lazy import when_imported
 
 WHY = "Features choose scheduler, connector and proposer from the finished configuration."
+WITHOUT = "Nothing attaches: vLLM serves as without plugins."
 HOLDS_FOR = ">=0.23,<0.33"
 SEAM = (
     Target("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("usage_context", "headless")),

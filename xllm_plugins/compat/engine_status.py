@@ -10,6 +10,7 @@ from xllm_plugins.compat import Target
 from xllm_plugins.compat.lazy import when_imported
 
 WHY = "Engine counters and schedulers live in another process than HTTP; utility calls reach it."
+WITHOUT = "xllm.service is off; no metrics, no /xllm/v1/status."
 HOLDS_FOR = ">=0.26,<0.33"
 SEAM = (
     Target("vllm.v1.engine.core:EngineCore"),

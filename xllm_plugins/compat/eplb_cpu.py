@@ -18,6 +18,7 @@ from xllm_plugins.compat import Target, patch
 from xllm_plugins.compat.lazy import when_imported
 
 WHY = "vLLM's CPU platform has no expert parallelism and refuses EPLB."
+WITHOUT = "eplb.on_cpu changes nothing, so vLLM refuses EPLB on a CPU."
 HOLDS_FOR = ">=0.32,<0.33"
 _RUNNER = "vllm.v1.worker.cpu_model_runner"
 _KERNEL = "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts.apply"

@@ -20,6 +20,7 @@ from xllm_plugins.compat import Target, patch
 from xllm_plugins.compat.lazy import when_imported
 
 WHY = "vLLM's EPLB adds up the loads of prefill and decode before its policy sees them."
+WITHOUT = "xllm.eplb is off: vLLM's policy plans."
 HOLDS_FOR = ">=0.23,<0.33"
 _STATE, _WORKER = "vllm.distributed.eplb.eplb_state", "vllm.v1.worker.worker_base"
 SEAM = (

@@ -18,6 +18,7 @@ from xllm_plugins.compat import Target, patch
 from xllm_plugins.compat.lazy import when_imported
 
 WHY = "vLLM's table of EPLB policies is closed: its option allows the default alone."
+WITHOUT = "xllm.eplb is off: vLLM's policy plans."
 HOLDS_FOR = ">=0.23,<0.33"
 _EPLB = "vllm.distributed.eplb"
 SEAM = (

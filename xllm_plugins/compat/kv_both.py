@@ -9,6 +9,7 @@ from __future__ import annotations
 from xllm_plugins.compat import Target
 
 WHY = "Any instance may prefill or decode, by request, so that roles change without a restart."
+WITHOUT = "Instances do not offer to move KV, and routers leave their roles as they are."
 HOLDS_FOR = ">=0.23,<0.33"
 SEAM = (Target("vllm.config:KVTransferConfig"),)
 

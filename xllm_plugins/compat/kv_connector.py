@@ -9,6 +9,7 @@ from __future__ import annotations
 from xllm_plugins.compat import Target
 
 WHY = "KV transfer and tiers work together behind one connector, which decides where KV goes."
+WITHOUT = "xllm.kv is off."
 HOLDS_FOR = ">=0.23,<0.33"
 _V1 = "vllm.distributed.kv_transfer.kv_connector.v1"
 _FACTORY = "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory"

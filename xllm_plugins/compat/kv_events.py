@@ -15,6 +15,7 @@ from xllm_plugins.compat import Target, patch
 from xllm_plugins.compat.lazy import when_imported
 
 WHY = "What an engine holds is nowhere written but in its KV events, all of them from the first on."
+WITHOUT = "xllm.service is off."
 HOLDS_FOR = ">=0.23,<0.33"
 _SCHEDULER, _EVENTS = "vllm.v1.core.sched.scheduler", "vllm.distributed.kv_events"
 SEAM = (

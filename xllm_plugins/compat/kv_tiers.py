@@ -9,6 +9,7 @@ from typing import Any
 from xllm_plugins.compat import Target
 
 WHY = "vLLM moves KV to host memory and beyond; which KV, when, and whether back, is our decision."
+WITHOUT = "xllm.kv is off where kv.host_gib asks for tiers; transfer alone goes on."
 HOLDS_FOR = ">=0.32,<0.33"
 _V1 = "vllm.distributed.kv_transfer.kv_connector.v1"
 _KV = "vllm.v1.kv_offload"

@@ -1,7 +1,12 @@
-"""Run a function when a module has been imported, without importing it ourselves."""
+"""Run a function when a module has been imported, without importing it ourselves.
+
+One that fails is logged and left at that: what it would patch may be gone from a new upstream, the
+features that need it are then off, and everybody else's import goes on.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -10,6 +15,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 Action = Callable[[ModuleType], None]
+logger = logging.getLogger("vllm.xllm_plugins")
 
 
 class _Loader(Loader):
@@ -28,7 +34,7 @@ class _Loader(Loader):
         module.__loader__ = self._real
         self._real.exec_module(module)
         for action in self._actions:
-            action(module)
+            _run(action, module)
 
 
 class _Finder(MetaPathFinder):
@@ -51,11 +57,18 @@ class _Finder(MetaPathFinder):
 _finder = _Finder()
 
 
+def _run(action: Action, module: ModuleType) -> None:
+    try:
+        action(module)
+    except Exception:
+        logger.exception("xLLM could not reach into %s, which stays as it is", module.__name__)
+
+
 def when_imported(name: str, action: Action) -> None:
     """Call ``action(module)`` now if the module ``name`` is imported, else when it will be."""
     module = sys.modules.get(name)
     if module is not None:
-        action(module)
+        _run(action, module)
         return
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)

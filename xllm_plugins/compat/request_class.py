@@ -19,6 +19,7 @@ from xllm_plugins.compat.lazy import when_imported
 from xllm_plugins.errors import ConfigError
 
 WHY = "service_tier and headers are accepted by vLLM's API and dropped before the engine."
+WITHOUT = "xllm.scheduler is off."
 HOLDS_FOR = ">=0.23,<0.33"
 _OPENAI = "vllm.entrypoints.openai"
 _CHAT = f"{_OPENAI}.chat_completion"
@@ -31,7 +32,7 @@ _METHODS = (
     ("vllm.entrypoints.serve.disagg.serving:ServingTokens.serve_tokens", "<0.24"),
     (
         "vllm.entrypoints.scale_out.token_in_token_out.serving:ServingTokens.serve_tokens",
-        ">=0.32",
+        ">=0.26",
     ),
 )
 SEAM = tuple(Target(path, ("self", "request", "raw_request"), only) for path, only in _METHODS)

@@ -15,6 +15,7 @@ from typing import Any
 from xllm_plugins.compat import Target
 
 WHY = "vLLM's scheduler has no hook for a step's order, budget, or for holding a request."
+WITHOUT = "xllm.scheduler is off: vLLM's own plans steps."
 HOLDS_FOR = ">=0.23,<0.33"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 SEAM = (

@@ -21,6 +21,7 @@ WHY = (
     "A custom_class proposer learns neither request ids nor what was drafted, accepted or salted, "
     "and steps without drafts are sampled by rejection."
 )
+WITHOUT = "xllm.spec_decode is off."
 HOLDS_FOR = ">=0.23,<0.33"
 _RUNNER, _OUTPUT = "vllm.v1.worker.gpu_model_runner", "vllm.v1.core.sched.output"
 SEAM = (

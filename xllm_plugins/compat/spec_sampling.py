@@ -12,6 +12,7 @@ from typing import Any
 from xllm_plugins.compat import Target, patch
 
 WHY = "On CPUs vLLM samples requests with drafts at temperatures out of uninitialised memory."
+WITHOUT = "xllm.spec_decode is off."
 HOLDS_FOR = ">=0.23,<0.33"
 _SAMPLER = "vllm.v1.sample.rejection_sampler"
 SEAM = (

@@ -15,6 +15,7 @@ from xllm_plugins.compat import Target
 from xllm_plugins.errors import NotAvailableError
 
 WHY = "vLLM has no way to ask what its configuration would be on another platform."
+WITHOUT = "xllm simulate ends, and says so."
 HOLDS_FOR = ">=0.32,<0.33"
 _PLATFORM = "vllm.platforms.interface:Platform"
 _KV = "vllm.v1.core.kv_cache_utils"

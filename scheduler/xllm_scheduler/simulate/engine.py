@@ -16,9 +16,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from xllm_plugins.activation import REPORT_KEY, SETTINGS_KEY
-from xllm_plugins.compat import target_platform
+from xllm_plugins.compat import inspect_seam, target_platform
 from xllm_plugins.config import parse_section, section_values
-from xllm_plugins.errors import ConfigError
+from xllm_plugins.errors import ConfigError, NotAvailableError
 from xllm_scheduler.config import SchedulerSection
 from xllm_scheduler.simulate.clock import VirtualClock
 from xllm_scheduler.simulate.hardware import CPU, GPUS, named
@@ -71,6 +71,9 @@ class Engine:
     """
 
     def __init__(self, spec: EngineSpec) -> None:
+        found = inspect_seam("target_platform")
+        if not found.holds:
+            raise NotAvailableError(f"seam target_platform does not hold: {found.reason}.")
         self.spec = spec
         self.forward_blocks = spec.gpu == CPU
         gpu = named(GPUS, spec.gpu, "gpu")

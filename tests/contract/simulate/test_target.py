@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from vllm.platforms import current_platform
 
-from xllm_plugins.errors import ConfigError
+from xllm_plugins import compat
+from xllm_plugins.errors import ConfigError, NotAvailableError
 from xllm_scheduler.simulate.engine import Engine, EngineSpec, weight_bytes
 
 GIB = 1 << 30
@@ -34,6 +35,12 @@ HOPPER = {
     "seqs": 1024,
     "depth": 2,
 }
+
+
+def test_on_another_vllm_nothing_is_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "vllm_version", lambda: "0.33.0")
+    with pytest.raises(NotAvailableError, match="seam target_platform does not hold: holds for"):
+        Engine(EngineSpec("Qwen3-8B", kv_gib=20.0))
 
 
 def test_a_dense_model_on_h200() -> None:
