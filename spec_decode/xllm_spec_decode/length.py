@@ -69,24 +69,28 @@ def draft_lengths(
     Returns:
         Tokens to draft, ``[n]``.
     """
-    n = len(survival)
+    n, most = survival.shape
     model = step_time if step_time.ready else PRIOR
     plain_ms = model.step_ms(StepShape(decodes=n, decode_context=int(contexts.sum())))
-    experts_ms = 0.0
-    if model.experts:
-        experts_ms = (model.experts_ms(2 * n) - model.experts_ms(n)) / n
-    lengths = np.zeros(n, np.int64)
-    gained, step_ms = _take(
-        survival,
-        contexts,
-        lengths,
-        (model.token, model.cross, experts_ms),
-        (plain_ms, plain_ms + model.square, budget_ms),
-        most_tokens,
-    )
-    if (n + gained) * plain_ms < _WORTH * n * step_ms:
-        lengths[:] = 0
-    return lengths
+    found, best = np.zeros(n, np.int64), _WORTH * n / plain_ms
+    # The more tokens a step has, the fewer experts each adds: prices of drafts' 1st, 2nd, 4th, ...
+    # tokens are tried, and the whole step is held against what its experts really take.
+    for k in [1 << i for i in range(most.bit_length())] if model.experts else [1]:
+        read_ms = model.experts_ms((k + 1) * n) - model.experts_ms(k * n)
+        lengths = np.zeros(n, np.int64)
+        gained, step_ms = _take(
+            survival,
+            contexts,
+            lengths,
+            (model.token, model.cross, read_ms / n),
+            (plain_ms, plain_ms + model.square, budget_ms),
+            most_tokens,
+        )
+        if model.experts:
+            step_ms = model.step_ms(verification(lengths, contexts))
+        if step_ms <= budget_ms and (n + gained) / step_ms >= best:
+            found, best = lengths, (n + gained) / step_ms
+    return found
 
 
 @compiled

@@ -62,7 +62,7 @@ def prepare(engine_args: Any, section: SpecDecodeSection) -> Mapping[str, Any]:
 
 def _steered(engine_args: Any, own: Mapping[str, Any]) -> dict[str, Any]:
     """A user's config of a drafting model, so that vLLM asks in each step how far to draft."""
-    problem, most = "", own.get("num_speculative_tokens")
+    problem, most = "", own.get("num_speculative_tokens", 0)
     if spec_width.SCHEDULE in own:
         problem = f"it has {spec_width.SCHEDULE}"
     elif not most:

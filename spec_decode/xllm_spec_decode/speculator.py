@@ -19,7 +19,8 @@ from xllm_spec_decode.tally import Tally
 
 logger = logging.getLogger("vllm.xllm_spec_decode")
 
-_FIRST_TOKENS = 8  # drafted at most before anything was measured,
+_FIRST_TOKENS = 8  # drafted at most before anything was measured, or for each 8th request one,
+_FIRST_REQUESTS = 8
 _GROWTH = 2  # and then so often as many as in any step that was
 _PROBE_EVERY = 64  # steps without drafts after which one request's shows what drafting costs now
 _PROBE_CHANCE = 0.5  # of the tokens that it takes
@@ -183,7 +184,8 @@ class Speculator:
         self._acceptance.best(rows, drafts, best)
         time = self._model.current
         budget_ms = self._slots.least_tpot_ms(rows.slots)
-        most = max(_FIRST_TOKENS, _GROWTH * time.most_prefill_tokens)
+        first = max(_FIRST_TOKENS, n // _FIRST_REQUESTS)
+        most = max(first, _GROWTH * time.most_prefill_tokens)
         lengths = draft_lengths(
             best.survival, rows.lengths, time, budget_ms=budget_ms, most_tokens=most
         )

@@ -44,7 +44,7 @@ class Clock:
 def restored() -> Iterator[None]:
     original = Scheduler.update_from_output
     yield
-    Scheduler.update_from_output = original  # type: ignore[method-assign]
+    Scheduler.update_from_output = original
 
 
 def scheduler_of(base: type, **settings: Any) -> Any:

@@ -59,6 +59,18 @@ def test_what_verifying_costs_at_all_has_to_be_gained_first() -> None:
     assert draft_lengths(survival(0.95, 4), contexts(4), dear_start).sum() > 0
 
 
+@pytest.mark.parametrize("n", [1, 4, 16, 64])
+def test_experts_that_are_read_anyway_make_later_tokens_cheap(n: int) -> None:
+    moe = StepTime(base=15.0, token=0.05, decode=0.05, experts=18.0, idle_experts=0.97, ready=True)
+
+    def tokens_per_ms(lengths: np.ndarray) -> float:
+        gained = sum(float(survival(0.85)[0, :length].sum()) for length in lengths)
+        return float((n + gained) / moe.step_ms(verification(lengths, contexts(n))))
+
+    found = draft_lengths(survival(0.85, n), contexts(n), moe)
+    assert tokens_per_ms(found) >= 0.98 * max(tokens_per_ms(np.full(n, k)) for k in range(9))
+
+
 def test_no_more_tokens_than_are_allowed() -> None:
     assert draft_lengths(survival(0.9, 4), contexts(4), CHEAP, most_tokens=5).sum() == 5
 
