@@ -173,9 +173,12 @@ def _recall(step: Parts, held: Parts, room: Parts) -> None:
             follows = _next(place, ring)
             if ring.tenants[(place // _PAGE) & (pages - 1)] == rows.tenants[i] and follows >= 0:
                 tried += 1
-                match = _agreement(text, end, place, ring)
-                if match > best_match:
-                    best, best_match = follows, match
+                before = (place - best_match) & mask
+                # A longer match agrees there too, if that is on the same page.
+                if place % _PAGE < best_match or ring.tokens[before] == text[end - best_match]:
+                    match = _agreement(text, end, place, ring)
+                    if match > best_match:
+                        best, best_match = follows, match
             place = ring.older[place & mask]
         length = 0
         while best >= 0 and length < most:

@@ -43,6 +43,7 @@ class Slots:
         self._next_tenant = 0
         self._tenant = np.zeros(count, np.int64)
         self._tpot_ms = np.full(count, math.inf)
+        self._owed = False  # a TPOT to anybody so far
 
     def take(self, ids: Sequence[str], new: Mapping[str, Request]) -> tuple[Ints, list[int]]:
         """The slots of these requests, and those of them that have another owner than before."""
@@ -78,7 +79,7 @@ class Slots:
 
     def least_tpot_ms(self, slots: Ints) -> float:
         """The strictest of these requests' TPOTs, infinite for none."""
-        return float(self._tpot_ms[slots].min(initial=math.inf))
+        return float(self._tpot_ms[slots].min(initial=math.inf)) if self._owed else math.inf
 
     def _longest_absent(self) -> int:
         slot = int(self._seen.argmin())
@@ -87,6 +88,7 @@ class Slots:
 
     def _fill(self, slot: int, request: Request) -> None:
         self._tpot_ms[slot] = request.tpot_ms
+        self._owed = self._owed or request.tpot_ms < math.inf
         known = None if request.tenant is None else self._tenants.get(request.tenant)
         if known is None:
             known = self._next_tenant  # never given to another
