@@ -1,5 +1,8 @@
 """Claim: on H200s drafts collapse at no batch size, whatever the drafter is worth.
 
+Not slower than without drafts or with fewer requests, by more than 2 %, nor than the best fixed
+length, by more than 3 %.
+
 Steady decoding of Qwen3-8B on one H200 and of DeepSeek-V3 on eight, by the shipped profiles of
 their steps, with drafts from texts, which cost no time of the device. The proposer is the real one
 with what it learns of acceptance and step times; texts, and which of a draft's tokens are right,
@@ -43,7 +46,7 @@ CHANCES = (0.85, 0.6, 0.3)
 MOST, PROMPT = 8, 1000
 STEPS, WARM = 400, 150
 REQUESTS = 16  # that a rate is the mean of, at least
-LEAST_OF_NONE, LEAST_OF_BEST, LEAST_OF_SMALLER = 0.98, 0.95, 0.98
+LEAST_OF_NONE, LEAST_OF_BEST, LEAST_OF_SMALLER = 0.98, 0.97, 0.98
 _RIGHT_MATCH = 8  # tokens that the drafter says agree; it is always right about them
 
 

@@ -140,13 +140,13 @@ def attach(attachment: Attachment) -> str:
     if config.model_config.runner_type == "pooling":
         raise NotAvailableError("pooling models generate no tokens")
     speculative = config.speculative_config
-    if speculative is not None and speculative.method in _MODELS:
-        if not getattr(speculative, spec_width.SCHEDULE):
-            raise NotAvailableError("vLLM's configuration was built without a schedule of lengths")
-        return "vllm.v1.core.sched.scheduler"
-    if speculative is None or speculative.model not in PROPOSERS.values():
+    if speculative is not None and speculative.model in PROPOSERS.values():
+        return "vllm.v1.spec_decode.custom_class_proposer"
+    if speculative is None or speculative.method not in _MODELS:
         raise NotAvailableError("vLLM's configuration was built without our proposer")
-    return "vllm.v1.spec_decode.custom_class_proposer"
+    if not getattr(speculative, spec_width.SCHEDULE):
+        raise NotAvailableError("vLLM's configuration was built without a schedule of lengths")
+    return "vllm.v1.core.sched.scheduler"
 
 
 def worker_facts(worker: Any) -> dict[str, Any] | None:
