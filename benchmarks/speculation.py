@@ -2,10 +2,13 @@
 
 SmolLM2 on this machine's CPU, greedy, batches of 1 to 48 requests that start together. Each round
 starts vLLM anew for every system, one after the other, with the same requests. Answers have to be
-the same throughout. ``suffix`` needs a Python with vLLM and arctic-inference:
+the same throughout. ``suffix`` needs a Python with vLLM and arctic-inference. With ``--draft`` a
+model cut from SmolLM2's first layers drafts instead, by vLLM to each fixed length, and as far as we
+say:
 
     python -m benchmarks.speculation --quick
     python -m benchmarks.speculation --rounds 3 --suffix-python /path/to/other/venv/bin/python
+    python -m benchmarks.speculation --rounds 3 --draft 24
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.lab.early_exit import prepare_early_exit
 from benchmarks.lab.machine import OthersMeter
 from benchmarks.lab.model import ROOT, prepare_smollm2
 from benchmarks.lab.server import cpu_environment
@@ -43,6 +47,8 @@ SYSTEMS: Mapping[str, Mapping[str, Any]] = {
     "suffix": {"speculative_config": {"method": "suffix", "num_speculative_tokens": 16}},
     "ours": {},
 }
+MOST_DRAFTED = 6
+FIXED = {f"draft {k}": k for k in range(1, MOST_DRAFTED + 1)}
 WORDS = ("river", "stone", "cloud", "bridge", "window", "garden", "letter", "market", "winter")
 
 
@@ -84,7 +90,20 @@ WORKLOADS = (code_editing, summarising, open_chat, extraction, agent_loop)
 Cell = tuple[str, int]
 
 
-def child(system: str, quick: bool) -> None:
+def options_of(system: str, draft: int | None) -> Mapping[str, Any]:
+    """What vLLM is started with; ``draft`` is how many layers the drafting model has."""
+    if draft is None or system == "none":
+        return SYSTEMS[system]
+    return {
+        "speculative_config": {
+            "method": "draft_model",
+            "model": str(prepare_early_exit(draft)),
+            "num_speculative_tokens": FIXED.get(system, MOST_DRAFTED),
+        }
+    }
+
+
+def child(system: str, quick: bool, draft: int | None) -> None:
     """Measures one system; prints a line of JSON."""
     from vllm import LLM, SamplingParams
 
@@ -96,7 +115,8 @@ def child(system: str, quick: bool) -> None:
         max_num_seqs=max(BATCHES),
         dtype="float32",
         enable_prefix_caching=False,
-        **SYSTEMS[system],
+        disable_log_stats=False,
+        **options_of(system, draft),
     )
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
 
@@ -112,18 +132,24 @@ def child(system: str, quick: bool) -> None:
             rng = random.Random(f"{workload.__name__} {batch}")
             took_s, texts = answer([workload(rng) for _ in range(batch)])
             found.append([workload.__name__, batch, batch * tokens / took_s, texts])
-    print(json.dumps(found), flush=True)
+    counts = {one.name: one for one in llm.get_metrics()}
+    drafts: Any = counts.get("vllm:spec_decode_num_drafts")
+    right: Any = counts.get("vllm:spec_decode_num_accepted_tokens_per_pos")
+    survival = [one / drafts.value for one in right.values] if drafts and drafts.value else []
+    print(json.dumps({"cells": found, "survival": survival}), flush=True)
 
 
-def measured(system: str, quick: bool, python: str) -> list[Any]:
+def measured(system: str, quick: bool, python: str, draft: int | None) -> dict[str, Any]:
     """One start of one system, in a process of its own."""
     env = {**cpu_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     env.pop("XLLM_PLUGINS", None)
     # Arctic's library brings a plugin of its own that is not measured here.
     env["VLLM_PLUGINS"] = "xllm"
     if system == "ours":
-        env |= {"XLLM_PLUGINS": "xllm.spec_decode", "XLLM_SPEC_DECODE_MODE": "auto"}
+        mode = "on" if draft else "auto"
+        env |= {"XLLM_PLUGINS": "xllm.spec_decode", "XLLM_SPEC_DECODE_MODE": mode}
     command = [python, "-m", "benchmarks.speculation", "--child", system]
+    command += ["--draft", str(draft)] if draft else []
     ran = subprocess.run(
         command + ["--quick"] * quick,
         env=env,
@@ -132,7 +158,7 @@ def measured(system: str, quick: bool, python: str) -> list[Any]:
         text=True,
         check=True,
     )
-    found: list[Any] = json.loads(ran.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     return found
 
 
@@ -141,25 +167,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two batch sizes and short answers")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=["none", "ngram", "ours"])
+    parser.add_argument("--systems", nargs="+", choices=[*SYSTEMS, *FIXED])
+    parser.add_argument("--draft", type=int, help="layers of a drafting model cut from SmolLM2")
     parser.add_argument("--suffix-python", help="a Python whose vLLM finds arctic-inference")
     parser.add_argument("--out", type=Path, default=ROOT / ".cache" / "speculation.json")
-    parser.add_argument("--child", choices=SYSTEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=[*SYSTEMS, *FIXED], help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.child:
-        child(args.child, args.quick)
+        child(args.child, args.quick, args.draft)
         return 0
-    systems = list(args.systems)
+    if args.draft is not None:
+        prepare_early_exit(args.draft)
+    default = ["none", *FIXED, "ours"] if args.draft else ["none", "ngram", "ours"]
+    systems = list(args.systems or default)
     if args.suffix_python and "suffix" not in systems:
         systems.insert(-1, "suffix")
     others = OthersMeter()
     rates: dict[tuple[str, Cell], list[float]] = {}
     answers: dict[Cell, list[str]] = {}
+    survival: dict[str, list[float]] = {}
     differing = set()
     for _ in range(args.rounds):
         for system in systems:
             python = (args.suffix_python if system == "suffix" else None) or sys.executable
-            for workload, batch, rate, texts in measured(system, args.quick, python):
+            found = measured(system, args.quick, python, args.draft)
+            survival[system] = found["survival"]
+            for workload, batch, rate, texts in found["cells"]:
                 cell = (workload, batch)
                 rates.setdefault((system, cell), []).append(rate)
                 if answers.setdefault(cell, texts) != texts:
@@ -173,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Console().print(f"CPU time that others took: {others.share():.0%}")
     saved = {f"{s} {w} {b}": values for (s, (w, b)), values in rates.items()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(saved, indent=1))
+    args.out.write_text(json.dumps({"tokens_s": saved, "survival": survival}, indent=1))
     return 1 if differing else 0
 
 

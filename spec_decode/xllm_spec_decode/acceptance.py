@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from xllm_spec_decode.compiled import compiled
+from xllm_spec_decode.compiled import Parts, compiled
 from xllm_spec_decode.drafters import LONGEST_MATCH, Drafts, Ints, Rows, Tokens
 
 Floats = NDArray[np.float64]
@@ -117,7 +117,7 @@ class Acceptance:
 
     def observe(self, rows: Rows) -> None:
         """Hold the drafts that were made against what has been said since."""
-        _observe(rows, self._estimates)
+        _observe(tuple(rows), tuple(self._estimates))
 
     def best(self, rows: Rows, drafts: Sequence[Drafts], best: Best) -> None:
         """Choose for each row the draft from which most tokens are expected to be right.
@@ -130,8 +130,9 @@ class Acceptance:
             best: is filled.
         """
         best.survival[:] = 0.0
+        step, learned, chosen = tuple(rows), tuple(self._estimates), tuple(best)
         for number, one in enumerate(drafts):
-            _judge(number, rows, one, self._estimates, best, self._chances)
+            _judge(number, step, tuple(one), learned, chosen, self._chances)
 
     def first_token(self) -> list[float]:
         """The chance of a first drafted token, by drafter, over all lengths of match."""
@@ -140,7 +141,8 @@ class Acceptance:
 
 
 @compiled
-def _observe(rows: Rows, known: _Estimates) -> None:
+def _observe(step: Parts, learned: Parts) -> None:
+    rows, known = Rows(*step), _Estimates(*learned)
     for i in range(len(rows.rows)):
         text, slot = rows.tokens[rows.rows[i]], rows.slots[i]
         for d in range(known.length.shape[1]):
@@ -165,8 +167,10 @@ def _observe(rows: Rows, known: _Estimates) -> None:
 
 @compiled
 def _judge(
-    d: int, rows: Rows, drafts: Drafts, known: _Estimates, best: Best, chances: Floats
+    d: int, step: Parts, drafted: Parts, learned: Parts, chosen: Parts, chances: Floats
 ) -> None:
+    rows, drafts = Rows(*step), Drafts(*drafted)
+    known, best = _Estimates(*learned), Best(*chosen)
     # Loops in place of slices: they take numba a tenth of the time to compile.
     most = drafts.tokens.shape[1]
     for i in range(len(rows.rows)):

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
+Parts = tuple[Any, ...]
+"""A named tuple as a plain one: numba takes microseconds to see what a named one is at each call,
+so that a function is given plain ones, and names them itself."""
 
 
 def compiled(function: F) -> F:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from xllm_spec_decode.compiled import compiled
+from xllm_spec_decode.compiled import Parts, compiled
 
 Ints = NDArray[np.int64]
 Tokens = NDArray[np.int32]
@@ -94,13 +94,13 @@ class PromptLookup(Drafter):
         self._older = np.full((slots, window), -1, np.int32)  # by place
 
     def learn(self, rows: Rows) -> None:  # noqa: D102
-        _index(rows, self._newest, self._older)
+        _index(tuple(rows), self._newest, self._older)
 
     def forget(self, slot: int) -> None:  # noqa: D102
         self._newest[slot] = -1
 
     def draft(self, rows: Rows, drafts: Drafts) -> None:  # noqa: D102
-        _look_up(rows, self._newest, self._older, drafts)
+        _look_up(tuple(rows), self._newest, self._older, tuple(drafts))
 
 
 @compiled
@@ -110,7 +110,8 @@ def _hash(text: Tokens, end: int, buckets: int) -> Any:
 
 
 @compiled
-def _index(rows: Rows, newest: Tokens, older: Tokens) -> None:
+def _index(step: Parts, newest: Tokens, older: Tokens) -> None:
+    rows = Rows(*step)
     window = older.shape[1]
     for i in range(len(rows.rows)):
         text, slot = rows.tokens[rows.rows[i]], rows.slots[i]
@@ -122,7 +123,8 @@ def _index(rows: Rows, newest: Tokens, older: Tokens) -> None:
 
 
 @compiled
-def _look_up(rows: Rows, newest: Tokens, older: Tokens, drafts: Drafts) -> None:
+def _look_up(step: Parts, newest: Tokens, older: Tokens, room: Parts) -> None:
+    rows, drafts = Rows(*step), Drafts(*room)
     window, most = older.shape[1], drafts.tokens.shape[1]
     for i in range(len(rows.rows)):
         text, slot, end = rows.tokens[rows.rows[i]], rows.slots[i], rows.lengths[i] - 1

@@ -8,6 +8,7 @@ import numpy as np
 
 from xllm_plugins.latency import StepShape, StepTime
 from xllm_spec_decode.acceptance import Floats
+from xllm_spec_decode.compiled import compiled
 from xllm_spec_decode.drafters import Ints
 
 PRIOR = StepTime(base=20.0, token=1.0, decode=1.0)
@@ -17,7 +18,7 @@ _WORTH = 1.02  # and all of them together so much over a step without any
 _LEAST_MS = 1e-9
 
 
-def verification(requests: int, context_tokens: int, drafted: Ints, contexts: Ints) -> StepShape:
+def verification(drafted: Ints, contexts: Ints) -> StepShape:
     """The shape of a step that verifies drafts and computes no prompt.
 
     Drafted tokens count as a chunk's, the request's own as a decode's, and that there are drafts at
@@ -25,18 +26,21 @@ def verification(requests: int, context_tokens: int, drafted: Ints, contexts: In
     adds, and what verifying adds however many there are.
 
     Args:
-        requests: in the step.
-        context_tokens: of all of them.
         drafted: ``[n]``, tokens drafted for each request.
         contexts: ``[n]``, tokens of its text.
     """
-    return StepShape(
-        prefill_tokens=int(drafted.sum()),
-        prefill_squares=int(drafted.any()),
-        prefill_cross=int(drafted @ contexts),
-        decodes=requests,
-        decode_context=context_tokens,
-    )
+    tokens, cross, context = _sums(drafted, contexts)
+    return StepShape(tokens, int(tokens > 0), cross, len(drafted), context)
+
+
+@compiled
+def _sums(drafted: Ints, contexts: Ints) -> tuple[int, int, int]:
+    tokens, cross, context = 0, 0, 0
+    for i in range(len(drafted)):
+        tokens += drafted[i]
+        cross += drafted[i] * contexts[i]
+        context += contexts[i]
+    return tokens, cross, context
 
 
 def draft_lengths(
@@ -68,20 +72,78 @@ def draft_lengths(
     n, most = survival.shape
     model = step_time if step_time.ready else PRIOR
     plain_ms = model.step_ms(StepShape(decodes=n, decode_context=int(contexts.sum())))
-    cost_ms = np.maximum(model.token + model.cross * contexts, _LEAST_MS)
-    if model.experts:
-        cost_ms += (model.experts_ms(2 * n) - model.experts_ms(n)) / n
-    ratio = (survival / cost_ms[:, None]).reshape(-1)
+    found, best = np.zeros(n, np.int64), _WORTH * n / plain_ms
+    # The more tokens a step has, the fewer experts each adds: prices of drafts' 1st, 2nd, 4th, ...
+    # tokens are tried, and the whole step is held against what its experts really take.
+    for k in [1 << i for i in range(most.bit_length())] if model.experts else [1]:
+        read_ms = model.experts_ms((k + 1) * n) - model.experts_ms(k * n)
+        lengths = np.zeros(n, np.int64)
+        gained, step_ms = _take(
+            survival,
+            contexts,
+            lengths,
+            (model.token, model.cross, read_ms / n),
+            (plain_ms, plain_ms + model.square, budget_ms),
+            most_tokens,
+        )
+        if model.experts:
+            step_ms = model.step_ms(verification(lengths, contexts))
+        if step_ms <= budget_ms and (n + gained) / step_ms >= best:
+            found, best = lengths, (n + gained) / step_ms
+    return found
+
+
+@compiled
+def _take(
+    survival: Floats,
+    contexts: Ints,
+    lengths: Ints,
+    token: tuple[float, float, float],
+    step: tuple[float, float, float],
+    most_tokens: int,
+) -> tuple[float, float]:
+    """Fill ``lengths`` greedily; the tokens gained, and the time of the step.
+
+    The requests play a knockout by what the next token of each gains for its cost, the first of
+    equal ones wins; after a token only its request's matches are played again.
+    """
+    n, most = survival.shape
+    token_ms, cross_ms, experts_ms = token
+    plain_ms, start_ms, budget_ms = step
+    size = 1
+    while size < n:
+        size *= 2
+    cost_ms, ratio = np.zeros(n), np.zeros(size)
+    winner = np.zeros(2 * size, np.int64)  # the final at 1, those of the match at i at 2i and 2i+1
+    for i in range(size):
+        winner[size + i] = i
+        if i < n:
+            cost_ms[i] = max(token_ms + cross_ms * contexts[i], _LEAST_MS) + experts_ms
+            ratio[i] = survival[i, 0] / cost_ms[i]
+    for match in range(size - 1, 0, -1):
+        one, other = winner[2 * match], winner[2 * match + 1]
+        winner[match] = one if ratio[one] >= ratio[other] else other
     # Nothing below the yield without drafts can be worth it, since drafts only raise that.
-    worth = np.flatnonzero(ratio > _CAUTION * n / plain_ms)
-    order = worth[np.argsort(-ratio[worth], kind="stable")][:most_tokens]
-    rows = order // most
-    gains, costs_ms = survival.reshape(-1)[order], cost_ms[rows]
-    tokens = n + np.cumsum(gains)
-    step_ms = plain_ms + model.square + np.cumsum(costs_ms)
-    gaining = gains * (step_ms - costs_ms) > _CAUTION * (tokens - gains) * costs_ms
-    fits = gaining & (step_ms <= budget_ms)
-    taken = len(fits) if fits.all() else int(fits.argmin())
-    if not taken or tokens[taken - 1] * plain_ms < _WORTH * n * step_ms[taken - 1]:
-        return np.zeros(n, np.int64)
-    return np.bincount(rows[:taken], minlength=n)
+    least = _CAUTION * n / plain_ms
+    taken, gained, spent_ms = 0, 0.0, 0.0
+    while taken < most_tokens and ratio[winner[1]] > least:
+        i = winner[1]
+        gain, cost = survival[i, lengths[i]], cost_ms[i]
+        step_ms = start_ms + (spent_ms + cost)
+        tokens = n + (gained + gain)
+        if step_ms > budget_ms or gain * (step_ms - cost) <= _CAUTION * (tokens - gain) * cost:
+            break
+        taken, gained, spent_ms = taken + 1, gained + gain, spent_ms + cost
+        lengths[i] += 1
+        ratio[i] = survival[i, lengths[i]] / cost if lengths[i] < most else 0.0
+        best, its, match = i, ratio[i], size + i
+        while match > 1:
+            rival = winner[match ^ 1]
+            theirs = ratio[rival]
+            # As a number: a branch that nothing can predict takes twice the time.
+            beaten = np.int64((theirs > its) | ((theirs == its) & (rival < best)))
+            best += beaten * (rival - best)
+            its = max(its, theirs)
+            match >>= 1
+            winner[match] = best
+    return gained, start_ms + spent_ms

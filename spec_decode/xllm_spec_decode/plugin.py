@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from xllm_plugins.compat import ascend_proposer, inspect_seam, spec_proposer
+from xllm_plugins.activation import active_features
+from xllm_plugins.compat import ascend_proposer, inspect_seam, spec_proposer, spec_width
 from xllm_plugins.config import Mode
 from xllm_plugins.errors import NotAvailableError
 from xllm_plugins.features import Attachment, Feature
@@ -14,6 +16,8 @@ from xllm_plugins.hookspecs import hookimpl
 from xllm_plugins.status import Report, now_and_then
 from xllm_spec_decode.books import METRICS, report_of
 from xllm_spec_decode.config import Choice, SpecDecodeSection
+
+logger = logging.getLogger("vllm.xllm_spec_decode")
 
 # Imported by vLLM's model runner and nobody before: numba in the process breaks what vLLM's CPU
 # worker does when it starts, so nothing here imports what loops over tokens.
@@ -23,6 +27,7 @@ PROPOSERS = {
     Choice.NGRAM: f"{_MODULE}.NgramProposer",
     Choice.SUFFIX: f"{_MODULE}.SuffixProposer",
 }
+_MODELS = ("draft_model", "eagle", "eagle3", "mtp")
 _METHODS = {"ngram": Choice.NGRAM, "[ngram]": Choice.NGRAM, "suffix": Choice.SUFFIX}
 
 
@@ -34,12 +39,15 @@ def prepare(engine_args: Any, section: SpecDecodeSection) -> Mapping[str, Any]:
         method = str(own.get("method") or own.get("model"))
         if section.mode is not Mode.ON:
             raise NotAvailableError(
-                f"--speculative-config with {method} is kept; spec_decode.mode=on steers ngram and "
-                "suffix"
+                f"--speculative-config with {method} is kept; spec_decode.mode=on steers ngram, "
+                f"suffix, {', '.join(_MODELS)}"
             )
+        if method in _MODELS:
+            return {"speculative_config": _steered(engine_args, own)}
         if method not in _METHODS:
             raise NotAvailableError(
-                f"--speculative-config with {method} is kept; ngram and suffix can be steered"
+                f"--speculative-config with {method} is kept; ngram, suffix, {', '.join(_MODELS)} "
+                "can be steered"
             )
         choice, most = _METHODS[method], own.get("num_speculative_tokens", most)
     _check_arguments(engine_args, section, most)
@@ -50,6 +58,23 @@ def prepare(engine_args: Any, section: SpecDecodeSection) -> Mapping[str, Any]:
             "num_speculative_tokens": most,
         }
     }
+
+
+def _steered(engine_args: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+    """A user's config of a drafting model, so that vLLM asks in each step how far to draft."""
+    problem, most = "", own.get("num_speculative_tokens", 0)
+    if spec_width.SCHEDULE in own:
+        problem = f"it has {spec_width.SCHEDULE}"
+    elif not most:
+        problem = "steering it needs its num_speculative_tokens, the most that are drafted"
+    elif engine_args.data_parallel_size > 1:
+        problem = "vLLM drafts equally far in all ranks of data parallelism"
+    else:
+        seam = inspect_seam("spec_width")
+        problem = "" if seam.holds else f"seam spec_width does not hold: {seam.reason}"
+    if problem:
+        raise NotAvailableError(f"--speculative-config with {own['method']} is kept; {problem}")
+    return {**own, spec_width.SCHEDULE: spec_width.whole_schedule(int(most))}
 
 
 def _check_arguments(engine_args: Any, section: SpecDecodeSection, most: int) -> None:
@@ -88,9 +113,22 @@ def _check_runner(device: str) -> None:
 
 
 def install() -> None:
-    """In every process: have vLLM's and vllm-ascend's runners draft with ours."""
+    """In every process: have runners draft with ours, and drafting models as far as we say."""
     spec_proposer.install()
     ascend_proposer.install()
+    spec_width.install(_steered_width)
+
+
+def _steered_width(vllm_config: Any) -> Any:
+    if not any(feature.name == FEATURE.name for feature in active_features(vllm_config)):
+        return None  # the schedule is the user's
+    from xllm_spec_decode.steered import SteeredWidth
+
+    try:
+        return SteeredWidth(vllm_config)
+    except Exception:  # requests are under way
+        logger.exception("Drafts are as long as they were set to be")
+        return None
 
 
 def attach(attachment: Attachment) -> str:
@@ -102,9 +140,13 @@ def attach(attachment: Attachment) -> str:
     if config.model_config.runner_type == "pooling":
         raise NotAvailableError("pooling models generate no tokens")
     speculative = config.speculative_config
-    if speculative is None or speculative.model not in PROPOSERS.values():
+    if speculative is not None and speculative.model in PROPOSERS.values():
+        return "vllm.v1.spec_decode.custom_class_proposer"
+    if speculative is None or speculative.method not in _MODELS:
         raise NotAvailableError("vLLM's configuration was built without our proposer")
-    return "vllm.v1.spec_decode.custom_class_proposer"
+    if not getattr(speculative, spec_width.SCHEDULE):
+        raise NotAvailableError("vLLM's configuration was built without a schedule of lengths")
+    return "vllm.v1.core.sched.scheduler"
 
 
 def worker_facts(worker: Any) -> dict[str, Any] | None:
@@ -116,7 +158,10 @@ def worker_facts(worker: Any) -> dict[str, Any] | None:
 
 @now_and_then
 def report(engine_core: Any) -> Report:
-    """What the worker has drafted."""
+    """What the worker has drafted, or how far the scheduler had it draft."""
+    width = spec_width.steered(engine_core.scheduler)
+    if width is not None:
+        return report_of(width.facts())
     facts = spec_proposer.ask_worker(engine_core, worker_facts)
     return Report() if facts is None else report_of(facts)
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from xllm_plugins.activation import SETTINGS_KEY, active_features, section_of
 from xllm_plugins.compat import spec_sampling
 from xllm_plugins.compat.scheduler_levers import idle_experts
 from xllm_plugins.compat.spec_proposer import SALT
-from xllm_plugins.config import Section
-from xllm_plugins.errors import XllmError
-from xllm_spec_decode.config import Choice, SpecDecodeSection
+from xllm_spec_decode.config import Choice
 from xllm_spec_decode.drafters import Drafter, PromptLookup
+from xllm_spec_decode.owed import settings
 from xllm_spec_decode.recent import RecentOutputs
 from xllm_spec_decode.slots import Request
 from xllm_spec_decode.speculator import Speculator, Step
@@ -43,7 +40,7 @@ class XllmProposer:
     def __init__(self, vllm_config: Any) -> None:
         global _proposer
         spec_sampling.mend()
-        section, self._tpot_ms = _settings(vllm_config)
+        section, self._tpot_ms = settings(vllm_config)
         most = vllm_config.speculative_config.num_speculative_tokens
         slots = _ABSENT * vllm_config.scheduler_config.max_num_seqs
         drafters = _drafters(self.choice, slots, int(section.shared_mib * (1 << 20)))
@@ -120,33 +117,6 @@ class SuffixProposer(XllmProposer):
 def current() -> XllmProposer | None:
     """The one of this process."""
     return _proposer
-
-
-def _settings(vllm_config: Any) -> tuple[SpecDecodeSection, Callable[[Any], float]]:
-    """Our section, and what says which TPOT a new request is owed."""
-    sections: dict[str, Section] = {
-        feature.name: section_of(feature, vllm_config) for feature in active_features(vllm_config)
-    }
-    section = sections.get("spec_decode")
-    if not isinstance(section, SpecDecodeSection):
-        raise XllmError(
-            f"XllmProposer was asked for, and xllm.spec_decode is not active; it is by "
-            f"--plugins xllm.spec_decode ({SETTINGS_KEY} in --additional-config has its settings)."
-        )
-    if section.tpot_ms:
-        return section, lambda request: section.tpot_ms
-    scheduler = sections.get("scheduler")
-    if scheduler is None:
-        return section, lambda request: math.inf
-    return section, lambda request: _owed_tpot_ms(request, scheduler)
-
-
-def _owed_tpot_ms(request: Any, scheduler: Any) -> float:
-    from xllm_scheduler.classes import classify
-
-    xargs: Mapping[str, Any] = getattr(request.sampling_params, "extra_args", None) or {}
-    service = classify(xargs, 0, scheduler)
-    return service.tpot_ms if service.online else math.inf
 
 
 def _tenant(request: Any) -> tuple[Any, ...] | None:

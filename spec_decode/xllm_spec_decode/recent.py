@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xllm_spec_decode.compiled import compiled
+from xllm_spec_decode.compiled import Parts, compiled
 from xllm_spec_decode.drafters import LONGEST_MATCH, Drafter, Drafts, Ints, Rows, Tokens
 
 TOKEN_BYTES = 4 + 8 + 8  # of a place and of the table, pages aside
@@ -80,13 +80,13 @@ class RecentOutputs(Drafter):
         return int(self._ring.fill.sum())
 
     def learn(self, rows: Rows) -> None:  # noqa: D102
-        _append(rows, self._ring)
+        _append(tuple(rows), tuple(self._ring))
 
     def forget(self, slot: int) -> None:  # noqa: D102
         self._ring.last[slot] = -1
 
     def draft(self, rows: Rows, drafts: Drafts) -> None:  # noqa: D102
-        _recall(rows, self._ring, drafts)
+        _recall(tuple(rows), tuple(self._ring), tuple(drafts))
 
 
 @compiled
@@ -98,7 +98,8 @@ def _hash(text: Tokens, end: int, tenant: int, buckets: int) -> Any:
 
 
 @compiled
-def _append(rows: Rows, ring: _Ring) -> None:
+def _append(step: Parts, held: Parts) -> None:
+    rows, ring = Rows(*step), _Ring(*held)
     pages, mask = len(ring.fill), len(ring.tokens) - 1
     for i in range(len(rows.rows)):
         text, slot = rows.tokens[rows.rows[i]], rows.slots[i]
@@ -157,7 +158,8 @@ def _agreement(text: Tokens, end: int, place: int, ring: _Ring) -> int:
 
 
 @compiled
-def _recall(rows: Rows, ring: _Ring, drafts: Drafts) -> None:
+def _recall(step: Parts, held: Parts, room: Parts) -> None:
+    rows, ring, drafts = Rows(*step), _Ring(*held), Drafts(*room)
     pages, mask = len(ring.fill), len(ring.tokens) - 1
     oldest, most = max(0, ring.made[0] - pages) * _PAGE, drafts.tokens.shape[1]
     for i in range(len(rows.rows)):
@@ -167,13 +169,16 @@ def _recall(rows: Rows, ring: _Ring, drafts: Drafts) -> None:
             continue
         place = ring.newest[_hash(text, end, rows.tenants[i], len(ring.newest))]
         best, best_match, tried = -1, _GRAM - 1, 0
-        while place >= oldest and tried < _CANDIDATES:
+        while place >= oldest and tried < _CANDIDATES and best_match < LONGEST_MATCH:
             follows = _next(place, ring)
             if ring.tenants[(place // _PAGE) & (pages - 1)] == rows.tenants[i] and follows >= 0:
                 tried += 1
-                match = _agreement(text, end, place, ring)
-                if match > best_match:
-                    best, best_match = follows, match
+                before = (place - best_match) & mask
+                # A longer match agrees there too, if that is on the same page.
+                if place % _PAGE < best_match or ring.tokens[before] == text[end - best_match]:
+                    match = _agreement(text, end, place, ring)
+                    if match > best_match:
+                        best, best_match = follows, match
             place = ring.older[place & mask]
         length = 0
         while best >= 0 and length < most:

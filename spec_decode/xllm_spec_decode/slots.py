@@ -35,27 +35,37 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self._free = list(range(count))[::-1]
-        self._slots: OrderedDict[str, int] = OrderedDict()  # the longest absent first
+        self._slots: dict[str, int] = {}
+        self._owners = [""] * count
+        self._seen = np.zeros(count, np.int64)  # the last step that a slot's owner was in
+        self._steps = 0
         self._tenants: OrderedDict[Hashable, int] = OrderedDict()
         self._next_tenant = 0
         self._tenant = np.zeros(count, np.int64)
         self._tpot_ms = np.full(count, math.inf)
+        self._owed = False  # a TPOT to anybody so far
 
     def take(self, ids: Sequence[str], new: Mapping[str, Request]) -> tuple[Ints, list[int]]:
         """The slots of these requests, and those of them that have another owner than before."""
-        slots, taken = self._slots, []
         for request_id in new:
             self.release(request_id)  # a name may be used again
-        for request_id in ids:
-            if request_id in slots:
-                slots.move_to_end(request_id)
-        for request_id in ids:
-            if request_id not in slots:
-                slot = self._free.pop() if self._free else slots.popitem(last=False)[1]
-                slots[request_id] = slot
+        self._steps += 1
+        found = list(map(self._slots.get, ids))
+        if None not in found:
+            slots = np.array(found, np.int64)
+            self._seen[slots] = self._steps
+            return slots, []
+        self._seen[[slot for slot in found if slot is not None]] = self._steps
+        taken = []
+        for place, request_id in enumerate(ids):
+            if found[place] is None:
+                slot = found[place] = self._free.pop() if self._free else self._longest_absent()
+                self._slots[request_id] = slot
+                self._owners[slot] = request_id
+                self._seen[slot] = self._steps
                 self._fill(slot, new.get(request_id, Request(None)))
                 taken.append(slot)
-        return np.array([slots[request_id] for request_id in ids], np.int64), taken
+        return np.array(found, np.int64), taken
 
     def release(self, request_id: str) -> None:
         """The request is gone."""
@@ -69,10 +79,16 @@ class Slots:
 
     def least_tpot_ms(self, slots: Ints) -> float:
         """The strictest of these requests' TPOTs, infinite for none."""
-        return float(self._tpot_ms[slots].min(initial=math.inf))
+        return float(self._tpot_ms[slots].min(initial=math.inf)) if self._owed else math.inf
+
+    def _longest_absent(self) -> int:
+        slot = int(self._seen.argmin())
+        del self._slots[self._owners[slot]]
+        return slot
 
     def _fill(self, slot: int, request: Request) -> None:
         self._tpot_ms[slot] = request.tpot_ms
+        self._owed = self._owed or request.tpot_ms < math.inf
         known = None if request.tenant is None else self._tenants.get(request.tenant)
         if known is None:
             known = self._next_tenant  # never given to another

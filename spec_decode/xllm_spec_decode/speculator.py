@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from xllm_plugins.latency import StepTimeModel
 from xllm_spec_decode.acceptance import Acceptance, Best
-from xllm_spec_decode.books import Books
 from xllm_spec_decode.drafters import Drafter, Drafts, Ints, Rows, Tokens
 from xllm_spec_decode.length import draft_lengths, verification
 from xllm_spec_decode.slots import Request, Slots
+from xllm_spec_decode.tally import Tally
 
 logger = logging.getLogger("vllm.xllm_spec_decode")
 
-_FIRST_TOKENS = 8  # drafted at most before anything was measured,
+_FIRST_TOKENS = 8  # drafted at most before anything was measured, or for each 8th request one,
+_FIRST_REQUESTS = 8
 _GROWTH = 2  # and then so often as many as in any step that was
 _PROBE_EVERY = 64  # steps without drafts after which one request's shows what drafting costs now
 _PROBE_CHANCE = 0.5  # of the tokens that it takes
@@ -69,7 +71,7 @@ class Speculator:
         self._best = Best.empty(slots, most)
         self._last: tuple[float, frozenset[str]] = (-math.inf, frozenset())
         self._quiet_steps = 0
-        self._books = Books(self._names)
+        self._tally = Tally(self._names)
 
     def propose(
         self, step: Step, said: Sequence[Sequence[int]], lengths: Ints, tokens: Tokens, now_s: float
@@ -89,8 +91,8 @@ class Speculator:
         slots = self._admit(step)
         n = len(slots)
         grown = np.fromiter(map(len, said), np.int64, n)
-        drafted = np.fromiter((step.drafted.get(one, 0) for one in step.ids), np.int64, n)
-        self._books.add(drafted, grown, self._chosen[slots])
+        drafted = np.fromiter(map(step.drafted.get, step.ids, repeat(0)), np.int64, n)
+        self._tally.add(drafted, grown, self._chosen[slots])
         self._learn_time(step, drafted, lengths - grown, now_s)
         rows = Rows(
             tokens=tokens,
@@ -112,8 +114,14 @@ class Speculator:
             rows = Rows(tokens, *(part[speaking] for part in rows[1:]))
         best, chosen = self._choose(rows)
         self._chosen[rows.slots] = best.drafter
-        for i in np.flatnonzero(chosen):
-            found[speaking[i]] = best.tokens[i, : chosen[i]].tolist()
+        drafting = np.flatnonzero(chosen)
+        for place, draft, length in zip(
+            speaking[drafting].tolist(),
+            best.tokens[drafting].tolist(),
+            chosen[drafting].tolist(),
+            strict=True,
+        ):
+            found[place] = draft[:length]
         return found
 
     def warm_up(
@@ -125,15 +133,15 @@ class Speculator:
         for request_id in step.ids:
             self._slots.release(request_id)
         self._last = (-math.inf, frozenset())
-        failed, self._books = self._books.failed, Books(self._names)
-        self._books.failed.update(failed)
+        failed, self._tally = self._tally.failed, Tally(self._names)
+        self._tally.failed.update(failed)
 
     def facts(self) -> dict[str, Any]:
         """What was done and is expected, in plain types."""
         time = self._model.current
         chances = self._acceptance.first_token()
         return {
-            **self._books.facts(),
+            **self._tally.facts(),
             "acceptance": dict(zip(self._names, chances, strict=True)),
             "step_ms": {
                 "ready": time.ready,
@@ -161,7 +169,7 @@ class Speculator:
         self._last = (now_s, here)
         alone = step.computed_tokens == len(step.ids) + int(drafted.sum())
         if alone and here <= before and 0.0 < now_s - last_s < _STALE_S:
-            shape = verification(len(here), int(contexts.sum()), drafted, contexts)
+            shape = verification(drafted, contexts)
             self._model.observe(shape, (now_s - last_s) * 1e3)
 
     def _choose(self, rows: Rows) -> tuple[Best, Ints]:
@@ -176,7 +184,8 @@ class Speculator:
         self._acceptance.best(rows, drafts, best)
         time = self._model.current
         budget_ms = self._slots.least_tpot_ms(rows.slots)
-        most = max(_FIRST_TOKENS, _GROWTH * time.most_prefill_tokens)
+        first = max(_FIRST_TOKENS, n // _FIRST_REQUESTS)
+        most = max(first, _GROWTH * time.most_prefill_tokens)
         lengths = draft_lengths(
             best.survival, rows.lengths, time, budget_ms=budget_ms, most_tokens=most
         )
@@ -184,7 +193,7 @@ class Speculator:
             row = int(best.survival[:, 0].argmax())
             probe = np.zeros_like(lengths)
             probe[row] = np.count_nonzero(best.survival[row] > _PROBE_CHANCE)
-            shape = verification(n, int(rows.lengths.sum()), probe, rows.lengths)
+            shape = verification(probe, rows.lengths)
             if time.step_ms(shape) <= budget_ms:
                 lengths = probe
         self._quiet_steps = 0 if lengths.any() else self._quiet_steps + 1
@@ -200,5 +209,5 @@ class Speculator:
             except Exception as error:
                 name = self._names[number]
                 logger.exception("The drafter %s failed and is switched off", name)
-                self._books.failed[name] = f"{type(error).__name__}: {error}"
+                self._tally.failed[name] = f"{type(error).__name__}: {error}"
                 self._drafters[number] = None

@@ -209,6 +209,7 @@ def arguments(**fields: Any) -> SimpleNamespace:
         "enable_lora": False,
         "max_num_seqs": None,
         "max_num_batched_tokens": None,
+        "data_parallel_size": 1,
     }
     return SimpleNamespace(**{**given, **fields})
 

@@ -37,6 +37,7 @@ SEAMS = (
     "scheduler_levers",
     "spec_proposer",
     "spec_sampling",
+    "spec_width",
     "target_platform",
 )
 VLLM, ASCEND = "vLLM", "vllm-ascend"

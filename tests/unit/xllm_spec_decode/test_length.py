@@ -59,6 +59,18 @@ def test_what_verifying_costs_at_all_has_to_be_gained_first() -> None:
     assert draft_lengths(survival(0.95, 4), contexts(4), dear_start).sum() > 0
 
 
+@pytest.mark.parametrize("n", [1, 4, 16, 64])
+def test_experts_that_are_read_anyway_make_later_tokens_cheap(n: int) -> None:
+    moe = StepTime(base=15.0, token=0.05, decode=0.05, experts=18.0, idle_experts=0.97, ready=True)
+
+    def tokens_per_ms(lengths: np.ndarray) -> float:
+        gained = sum(float(survival(0.85)[0, :length].sum()) for length in lengths)
+        return float((n + gained) / moe.step_ms(verification(lengths, contexts(n))))
+
+    found = draft_lengths(survival(0.85, n), contexts(n), moe)
+    assert tokens_per_ms(found) >= 0.98 * max(tokens_per_ms(np.full(n, k)) for k in range(9))
+
+
 def test_no_more_tokens_than_are_allowed() -> None:
     assert draft_lengths(survival(0.9, 4), contexts(4), CHEAP, most_tokens=5).sum() == 5
 
@@ -66,7 +78,7 @@ def test_no_more_tokens_than_are_allowed() -> None:
 @pytest.mark.parametrize("budget_ms", [10.0, 20.45, 21.0, 22.0, math.inf])
 def test_a_step_with_drafts_keeps_the_budget(budget_ms: float) -> None:
     lengths = draft_lengths(survival(0.9, 4), contexts(4), CHEAP, budget_ms=budget_ms)
-    step_ms = CHEAP.step_ms(verification(4, 400, lengths, contexts(4)))
+    step_ms = CHEAP.step_ms(verification(lengths, contexts(4)))
     assert step_ms <= budget_ms or not lengths.any()
     assert lengths.any() == (budget_ms > 20.5)
 
@@ -89,7 +101,7 @@ def test_no_other_lengths_yield_much_more_for_the_time(
 
     def tokens_per_ms(lengths: np.ndarray) -> float:
         gained = sum(float(chance[i, : lengths[i]].sum()) for i in range(n))
-        step_ms = time.step_ms(verification(n, int(context.sum()), lengths, context))
+        step_ms = time.step_ms(verification(lengths, context))
         return float((n + gained) / step_ms)
 
     best = max(tokens_per_ms(np.array(one)) for one in itertools.product(range(most + 1), repeat=n))
@@ -98,3 +110,20 @@ def test_no_other_lengths_yield_much_more_for_the_time(
     assert tokens_per_ms(found) >= none
     assert tokens_per_ms(found) >= best / 1.1 - 1e-9
     assert ((found >= 0) & (found <= most)).all()
+
+
+@given(st.integers(0, 2**32), st.integers(1, 40))
+@settings(max_examples=100, deadline=None)
+def test_tokens_are_taken_in_the_order_of_gain_for_cost(seed: int, n: int) -> None:
+    """However many requests there are, and whether or not their tokens are worth the same."""
+    rng = np.random.default_rng(seed)
+    chance = np.cumprod(rng.choice([0.0, 0.5, 0.9, *rng.random(2)], (n, 5)), axis=1)
+    context = rng.choice([100, *rng.integers(1, 5000, 2)], n)
+    time = StepTime(base=20.0, decode=0.1, token=0.01, cross=1e-4, ready=True)
+    cost_ms = np.repeat(time.token + time.cross * context, 5)
+    order = np.argsort(-chance.reshape(-1) / cost_ms, kind="stable")
+    most = int(rng.integers(1, 60))
+    found = draft_lengths(chance, context, time, most_tokens=most)
+    drafted = order[: found.sum()]
+    assert found.sum() <= most
+    assert found.tolist() == np.bincount(drafted // 5, minlength=n).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ class Engine:
         self._new: dict[str, Request] = {}
         self._gone: list[str] = []
         self._now_s = 0.0
+        self.token_ms = 2.0
 
     def add(self, name: str, text: Sequence[int], request: Request | None = None) -> None:
         self.texts[name], self.said[name] = list(text), 3
@@ -88,7 +90,7 @@ class Engine:
             np.full(len(names), 3, np.int64),
         )  # fmt: skip
         lengths = np.array([self.said[name] for name in names], np.int64)
-        self._now_s += (20.0 + 2.0 * step.computed_tokens) / 1e3
+        self._now_s += (20.0 + self.token_ms * step.computed_tokens) / 1e3
         found = self.speculator.propose(step, said, lengths, tokens, self._now_s)
         self._gone = []
         self.drafts = dict(zip(names, found, strict=True))
@@ -114,6 +116,17 @@ def test_nothing_is_drafted_where_nothing_repeats() -> None:
     engine = Engine()
     engine.add("one", list(range(300)))
     assert not any(any(engine.step().values()) for _ in range(100))
+
+
+def test_a_large_batch_finds_out_that_drafts_are_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SLOTS", 400)
+    engine = Engine({"ngram": PromptLookup(400, 64)})
+    engine.token_ms = 0.1
+    for i in range(400):
+        engine.add(str(i), CYCLE * 40)
+    for _ in range(30):
+        engine.step()
+    assert sum(map(len, engine.step().values())) > 1000
 
 
 def test_drafts_that_are_never_right_end() -> None:
