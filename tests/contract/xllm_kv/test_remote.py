@@ -29,7 +29,7 @@ from tests.contract.xllm_kv.harness import END, HIT, MISS, TOKENS, Engine, key
 from xllm_kv.config import KvSection
 from xllm_kv.plugin import prepare
 from xllm_kv.prices import PROBE_S, TierCounts
-from xllm_kv.tiers import remote
+from xllm_kv.tiers import redis_store, remote
 from xllm_plugins.errors import ConfigError
 
 pytestmark = [
@@ -195,7 +195,7 @@ def test_a_full_store_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_silent_store_is_waited_for_no_longer_than_that_pays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(remote, "_ANSWER_S", 0.3)
+    monkeypatch.setattr(redis_store, "_ANSWER_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("XLLM_KV_REMOTE", f"redis://127.0.0.1:{silent.getsockname()[1]}")
         engine = Engine("silent", secondary_tiers=[TIER])
