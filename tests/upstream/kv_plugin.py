@@ -40,8 +40,10 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     recorder = early_config.pluginmanager.get_plugin("recorder")  # of plugin.py, loaded before
     for ours in (XLLMConnector, TiersConnector):
         _count(ours, recorder)
-    import_module(f"{_V1}.multi_connector").MultiConnector = XLLMConnector
-    import_module(f"{_V1}.offloading_connector").OffloadingConnector = TiersConnector
+    multi: Any = import_module(f"{_V1}.multi_connector")
+    multi.MultiConnector = XLLMConnector
+    offloading: Any = import_module(f"{_V1}.offloading_connector")
+    offloading.OffloadingConnector = TiersConnector
     _gate_managers()
     if mode == AROUND:
         _surround(XLLMConnector)
@@ -76,7 +78,7 @@ def _gate_managers() -> None:
     class Gated(GatedManager):
         """Tests ask whether their manager is the mock that they gave."""
 
-        __class__: Any = property(  # type: ignore[assignment]
+        __class__: Any = property(
             lambda self: MagicMock if isinstance(self._inner, MagicMock) else GatedManager
         )
 

@@ -55,9 +55,9 @@ class Told:
 
     def shutdown(self) -> None: ...
 
-    def of(self, **what: str) -> tuple[int, ...]:
+    def of(self, salt: str = "", lora: str = "") -> tuple[int, ...]:
         """Tokens of the prompt by tier."""
-        found = self.index.match(Prompt("m", TOKENS, **what))
+        found = self.index.match(Prompt("m", TOKENS, lora, salt))
         return tuple(found["here"].tokens) if found else (0, 0, 0, 0)
 
 
