@@ -86,7 +86,7 @@ def measure(system: str, number: int, options: argparse.Namespace) -> Round:
         router = stack.enter_context(route("--routing", options.routing))
         for core in cores()[:INSTANCES]:
             instance = _instance(system, core, router)
-            stack.callback(instance.kill)
+            stack.callback(instance.stop)
             instance.start()
         router.await_instances(INSTANCES, timeout_s=_START_S)
         return asyncio.run(_sessions(router.url, number, options))
