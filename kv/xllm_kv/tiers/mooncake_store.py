@@ -1,7 +1,7 @@
 """Mooncake's store: memory of many machines behind one ``mooncake_master``.
 
-Its client is a part of the machine that it is on: with ``segment_gib`` it gives memory of this
-instance to the store, which goes with the instance. The store gives up what was used longest ago.
+With ``segment_gib`` its client gives memory of this instance to the store, and what lies there goes
+with the instance.
 """
 
 from __future__ import annotations
