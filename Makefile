@@ -20,7 +20,7 @@ test: lint ## Check and test everything, on vLLM 0.23.0 and vllm-ascend too (ARG
 	$(PY) -m pytest $(ARGS)
 	@$(MAKE) ascend ARGS=
 
-upstream: ## Run vLLM's own scheduler tests with the elastic scheduler, 2 minutes
+upstream: ## Run vLLM's own tests with our scheduler, connectors and EPLB policy, 3 minutes
 	@.ci/setup --dev
 	.ci/upstream-tests
 

@@ -21,7 +21,7 @@ from benchmarks.lab.model import prepare_smollm2
 from benchmarks.lab.server import LOGS, cpu_environment, free_port
 
 MODEL = "smol"
-START_S = 300.0
+START_S, STOP_S = 300.0, 30.0
 
 
 @dataclass
@@ -63,6 +63,14 @@ class Instance:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.kills += 1
+
+    def stop(self) -> None:
+        """End it as its user would, so that it leaves nothing behind; at once after a while."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_S)
+        self.kill()
 
     def pause(self, seconds: float) -> None:
         """Stop all of its processes for so long; returns afterwards."""

@@ -41,12 +41,12 @@ class KvSection(Section):
     disk_gib: float = option(32.0, "how much of that disk, GiB", above=0.0)
     remote: str = option(
         "",
-        "a store of Redis' kind that instances share, redis://[USER:PASSWORD@]HOST:PORT/DB or "
-        "rediss:// with TLS; empty for none",
+        "a store that instances share: of Redis' kind, redis://[USER:PASSWORD@]HOST:PORT/DB or "
+        "rediss:// with TLS, or Mooncake's, mooncake://MASTER:PORT; empty for none",
         secret=True,
     )
     remote_expiry_s: float = option(
-        86400.0, "how long KV stays in that store which nobody asks for, s", above=0.0
+        86400.0, "how long KV stays in a store of Redis' kind which nobody asks for, s", above=0.0
     )
     transfer: Transfer = option(
         Transfer.NONE, "how KV moves between instances: nixl, or none where they need not"

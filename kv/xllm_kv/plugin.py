@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from xllm_kv import command
 from xllm_kv.config import Eviction, KvSection, Transfer
 from xllm_kv.report import METRICS, report_of
+from xllm_kv.tiers.mooncake_store import OPTIONS, MooncakeStore
 from xllm_plugins.compat import inspect_seam
 from xllm_plugins.config import Mode
 from xllm_plugins.errors import ConfigError, NotAvailableError
@@ -23,6 +24,7 @@ from xllm_plugins.hookspecs import hookimpl
 CONNECTOR, MODULE = "MultiConnector", "xllm_kv.connector"
 TIERS, TIERS_MODULE = "TiersConnector", "xllm_kv.tiers.connector"
 _GIB = 1 << 30
+_PACKAGES = {"redis": "redis", "rediss": "redis", "mooncake": "mooncake"}  # by kv.remote's scheme
 _SHARED = Path("/dev/shm")  # noqa: S108 - where vLLM keeps what scheduler and workers share
 
 
@@ -36,8 +38,8 @@ def check(section: KvSection) -> None:
         )
     if section.remote and not _is_address(section.remote):
         raise ConfigError(
-            "kv.remote is not an address; allowed is redis://[USER:PASSWORD@]HOST[:PORT][/DB] or "
-            "the same with rediss://."
+            "kv.remote is not an address; allowed is redis://[USER:PASSWORD@]HOST[:PORT][/DB], the "
+            f"same with rediss://, or mooncake://MASTER[:PORT] with ?{'=, '.join(OPTIONS)}=."
         )
     if section.tenant_share < 1.0 and section.eviction is not Eviction.REUSE:
         raise ConfigError(
@@ -51,8 +53,10 @@ def check(section: KvSection) -> None:
 def _is_address(url: str) -> bool:
     try:
         found = urlsplit(url)
-        return found.scheme in ("redis", "rediss") and bool(found.hostname) and found.port != 0
-    except ValueError:  # its port is none
+        if found.scheme == "mooncake":
+            MooncakeStore(url)
+        return found.scheme in _PACKAGES and bool(found.hostname) and found.port != 0
+    except ValueError:  # its port is none, or an option
         return False
 
 
@@ -97,8 +101,9 @@ def _own_children(own: Any) -> list[dict[str, Any]]:
 
 
 def _tiers(section: KvSection) -> dict[str, Any]:
-    if section.remote and importlib.util.find_spec("redis") is None:
-        raise NotAvailableError("kv.remote is set, and redis is not installed; it is an extra")
+    package = _PACKAGES.get(urlsplit(section.remote).scheme)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise NotAvailableError(f"kv.remote is set, and {package} is not installed; it is an extra")
     broken = inspect_seam("kv_tiers")
     if not broken.holds:
         raise NotAvailableError(f"seam kv_tiers does not hold: {broken.reason}")

@@ -76,6 +76,7 @@ def request(
     stop: Sequence[int] = (),
     resumable: bool = False,
     lora: int = 0,
+    salt: str = "",
     block: int = BLOCK,
 ) -> Request:
     """A request as the engine core makes it; a prompt given as a number is so many tokens."""
@@ -92,6 +93,7 @@ def request(
         arrival_time=arrival_s,
         block_hasher=get_request_block_hasher(block, sha256),
         resumable=resumable,
+        cache_salt=salt or None,
         lora_request=LoRARequest(f"adapter-{lora}", lora, "/nowhere") if lora else None,
     )
 

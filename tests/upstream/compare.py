@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,11 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def run(mode: str, source: Path, folder: Path) -> Outcomes:
-    """The outcomes of all tests with one kind of classes."""
-    mine = folder / mode  # tests leave files where they run
+def run(
+    mode: str, source: Path, folder: Path, files: Sequence[str] = FILES, more: Sequence[str] = ()
+) -> Outcomes:
+    """The outcomes of tests with one kind of classes, and with more options for pytest."""
+    mine = folder / "-".join((mode, *more[-1:]))  # tests leave files where they run
     mine.mkdir()
     outcomes, log = mine / "outcomes.json", mine / "log"
     environment = {
@@ -137,8 +139,8 @@ def run(mode: str, source: Path, folder: Path) -> Outcomes:
     # Source of failing code is not wanted, and pytest cannot parse all of it.
     command += ["-p", "plugin", "-p", "no:cacheprovider", "-W", "ignore", "--tb", "native"]
     command += ["--continue-on-collection-errors", "--timeout", "120"]
-    command += ["--scheduler", mode, "--outcomes", str(outcomes)]
-    command += [str(source / file) for file in FILES]
+    command += ["--scheduler", mode, "--outcomes", str(outcomes), *more]
+    command += [str(source / file) for file in files]
     with log.open("w") as sink:
         done = subprocess.run(
             command, cwd=mine, env=environment, stdout=sink, stderr=sink, check=False

@@ -42,12 +42,42 @@ SEAM = (
         ("self", "tensor_page_size"),
     ),
     Target("vllm.v1.core.kv_cache_utils:init_none_hash", ("hash_fn",)),
+    Target(
+        f"{_V1}.offloading.events:OffloadingEventsTracker._build_event_metadata",
+        ("self", "req", "group_config", "chunk_idx"),
+    ),
+    Target(
+        "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
+        ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
+    ),
 )
 
 
 def manager_of(connector: Any) -> Any:
     """The offloading manager of a scheduler's offloading connector."""
     return connector.connector_scheduler.manager
+
+
+def tell_extra_keys(connector: Any) -> None:
+    """Have the events of a scheduler's tiers say what a block depends on beside its tokens.
+
+    Those of the device say it: cache salt, LoRA adapter, images. vLLM has put it off for tiers.
+    """
+    from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+
+    tracker = connector.connector_scheduler._events_tracker
+    build = tracker._build_event_metadata
+
+    def build_with_extra_keys(req: Any, group_config: Any, chunk_idx: int) -> Any:
+        told = build(req, group_config, chunk_idx)
+        begin, size = chunk_idx * group_config.tokens_per_chunk, told.block_size
+        told.extra_keys = tuple(
+            generate_block_hash_extra_keys(req, start, start + size, 0)[0]
+            for start in range(begin, begin + group_config.tokens_per_chunk, size)
+        )
+        return told
+
+    tracker._build_event_metadata = build_with_extra_keys
 
 
 def policy_of(manager: Any) -> Any:

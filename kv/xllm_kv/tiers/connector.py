@@ -28,6 +28,7 @@ class TiersConnector(OffloadingConnector):  # type: ignore[misc]
             return
         manager = kv_tiers.manager_of(self)
         assert isinstance(manager, GatedManager)
+        kv_tiers.tell_extra_keys(self)
         self._manager = manager
         self._model = StepTimeModel()
         self._steps = StepClock(self._model)

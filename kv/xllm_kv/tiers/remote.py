@@ -1,9 +1,9 @@
-"""A store of Redis' kind as a tier: what one instance computed, others fetch.
+"""A store of Redis' kind, or Mooncake's, as a tier: what one instance computed, others fetch.
 
 Each chunk is one value, written at once, under the identity of the engines that can use it. What
-the store has room for, and what it gives up then, are its own settings (``maxmemory`` and its
-policy); beyond that a value ends when nobody has asked for it for a while. A store that is away,
-or that takes longer than a second to say what it has, is left alone for a while.
+the store has room for, and what it gives up then, are its own settings (Redis' ``maxmemory`` and
+its policy). A store that is away, or that takes longer than a second to say what it has, is left
+alone for a while.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from typing import Any
 
-import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from vllm.v1.kv_offload.base import (
     Locality,
     LookupResult,
@@ -29,40 +26,30 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from xllm_kv.plugin import remote_url
 from xllm_kv.report import Room
 from xllm_kv.tiers.block_format import BlockError, head_of, unpack
+from xllm_kv.tiers.remote_store import StoreError, open_store
 from xllm_kv.tiers.store import StoreTier
 
-_CONNECT_S, _ANSWER_S = 1.0, 5.0
 _SLOW_S, _REST_S = 1.0, 5.0
 _MOST_TOLD = 1 << 18  # chunks of which routers believe that they are there
-_READ_BYTES = 1 << 20
-_AWAY = (redis.ConnectionError, redis.TimeoutError, OSError)
 
 
 class RemoteTier(StoreTier):
     """Keeps chunks in a store that other instances share. Its address is a secret setting.
 
     Args:
-        expiry_s: how long a chunk stays that nobody asks for.
+        expiry_s: how long a chunk stays that nobody asks for, where the store can tell.
     """
 
     name = "in the remote store"
-    failures = (redis.RedisError, OSError)
+    failures = (StoreError, OSError)
     cache_hit_source = CacheHitSource.EXTERNAL_UNSPECIFIED
 
     def __init__(self, *args: Any, expiry_s: float, **others: Any) -> None:
         super().__init__(*args, **others)
         self.locality = Locality.REMOTE
-        self._expiry_s = max(1, round(expiry_s))
         self._told: OrderedDict[OffloadKey, None] = OrderedDict()
         self._rests_until_s = float("-inf")
-        self._client = redis.Redis.from_url(
-            remote_url(),
-            protocol=2,
-            socket_connect_timeout=_CONNECT_S,
-            socket_timeout=_ANSWER_S,
-            socket_read_size=_READ_BYTES,
-            retry=Retry(NoBackoff(), 0),
-        )
+        self._store = open_store(remote_url(), max(1, round(expiry_s)))
         self._questions = _Questions(self)
 
     @property
@@ -109,15 +96,12 @@ class RemoteTier(StoreTier):
                 self._rest()
 
     def _renewed(self, keys: Collection[OffloadKey]) -> list[bool]:
-        """Which of these the store has, where their time begins anew."""
-        with self._client.pipeline(transaction=False) as pipeline:
-            for key in keys:
-                pipeline.expire(self._name(key), self._expiry_s)
-            return [bool(found) for found in pipeline.execute()]
+        """Which of these the store has, where they stay for a while."""
+        return self._store.held([self._name(key) for key in keys])
 
     def _failed(self, error: Exception) -> None:
         super()._failed(error)
-        if isinstance(error, _AWAY):
+        if isinstance(error, OSError):
             self._rest()
 
     def _rest(self) -> None:
@@ -128,17 +112,16 @@ class RemoteTier(StoreTier):
 
     def _put(self, key: OffloadKey, content: memoryview) -> None:
         value = b"".join((head_of(self._identity + key, content), content))
-        self._client.set(self._name(key), value, ex=self._expiry_s)
+        self._store.put(self._name(key), value)
 
     def _get(self, key: OffloadKey, into: memoryview) -> None:
-        value = self._client.get(self._name(key))
+        value = self._store.get(self._name(key))
         if value is None:
             raise BlockError("the block is not there any more")
-        assert isinstance(value, bytes)
         try:
             unpack(value, self._identity + key, into)
         except BlockError:
-            self._client.delete(self._name(key))
+            self._store.delete(self._name(key))
             raise
 
     def _stored(self, keys: Collection[OffloadKey]) -> None:
@@ -161,8 +144,8 @@ class RemoteTier(StoreTier):
     def _open(self) -> None:
         """Nothing is asked before a request wants it."""
 
-    def _name(self, key: OffloadKey) -> bytes:
-        return b"xllm-kv:%s:%s" % (self._identity.hex()[:32].encode(), key.hex().encode())
+    def _name(self, key: OffloadKey) -> str:
+        return f"xllm-kv:{self._identity.hex()[:32]}:{key.hex()}"
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """See vLLM's class."""
@@ -176,7 +159,7 @@ class RemoteTier(StoreTier):
         """See vLLM's class."""
         self._questions.shutdown()
         super().shutdown()
-        self._client.close()
+        self._store.close()
 
 
 class _Questions(AsyncLookupManager):  # type: ignore[misc]

@@ -18,7 +18,7 @@ pytest.importorskip("redis")
 from benchmarks.lab.damage import Faults
 from benchmarks.lab.redis_server import redis_server
 from tests.contract.xllm_kv.harness import CHUNK, HIT, Engine
-from xllm_kv.tiers import remote
+from xllm_kv.tiers import redis_store, remote
 
 pytestmark = [
     pytest.mark.vllm,
@@ -32,8 +32,8 @@ SCRATCH = 0  # a place on the device that is no block's own
 def test_whatever_is_damaged_no_wrong_block_is_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, seconds in (("_ANSWER_S", 0.02), ("_REST_S", 0.01)):
-        monkeypatch.setattr(remote, name, seconds)
+    monkeypatch.setattr(redis_store, "_ANSWER_S", 0.02)
+    monkeypatch.setattr(remote, "_REST_S", 0.01)
     rng, fetched = random.Random(0), 0
     with redis_server() as store:
         monkeypatch.setenv("XLLM_KV_REMOTE", store.url)

@@ -30,7 +30,7 @@ from tests.contract.xllm_kv.harness import END, HIT, MISS, TOKENS, Engine, key
 from xllm_kv.config import KvSection
 from xllm_kv.plugin import prepare
 from xllm_kv.prices import PROBE_S, TierCounts
-from xllm_kv.tiers import remote
+from xllm_kv.tiers import redis_store, remote
 from xllm_plugins.errors import ConfigError
 
 pytestmark = [
@@ -44,8 +44,12 @@ Start = Callable[..., Engine]
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store on a busy machine is not taken for one that is away."""
-    for name in ("_CONNECT_S", "_ANSWER_S", "_SLOW_S"):
-        monkeypatch.setattr(remote, name, 60.0)
+    for module, name in (
+        (redis_store, "_CONNECT_S"),
+        (redis_store, "_ANSWER_S"),
+        (remote, "_SLOW_S"),
+    ):
+        monkeypatch.setattr(module, name, 60.0)
 
 
 @pytest.fixture

@@ -10,7 +10,17 @@ from xllm_plugins.errors import ConfigError, NotAvailableError
 
 
 @pytest.mark.parametrize(
-    "url", ["kv.example:6379", "http://kv.example", "redis://", "redis://kv.example:port"]
+    "url",
+    [
+        "kv.example:6379",
+        "http://kv.example",
+        "redis://",
+        "redis://kv.example:port",
+        "mooncake://",
+        "mooncake://kv.example?segment=4",
+        "mooncake://kv.example?segment_gib=much",
+        "mooncake://kv.example?4",
+    ],
 )
 def test_what_is_no_address_is_refused_without_being_shown(url: str) -> None:
     with pytest.raises(ConfigError, match="is not an address") as error:
@@ -18,7 +28,15 @@ def test_what_is_no_address_is_refused_without_being_shown(url: str) -> None:
     assert "kv.example" not in str(error.value)
 
 
-@pytest.mark.parametrize("url", ["redis://kv", "rediss://user:pass@kv.example:6380/2?ssl_ca=x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://kv",
+        "rediss://user:pass@kv.example:6380/2?ssl_ca=x",
+        "mooncake://kv",
+        "mooncake://kv.example:50052?segment_gib=0.5&protocol=rdma",
+    ],
+)
 def test_addresses_are_accepted(url: str) -> None:
     check(KvSection(host_gib=1.0, remote=url))
 
