@@ -35,7 +35,7 @@ def main() -> None:
 
     llm = LLM(
         sys.argv[1], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_num_seqs=8,
-        max_model_len=1024, max_num_batched_tokens=256, seed=0, disable_log_stats=False,
+        max_model_len=512, max_num_batched_tokens=256, seed=0, disable_log_stats=False,
         **more(sys.argv[1]),
     )  # fmt: skip
     said: list[list[int]] = []

@@ -92,6 +92,11 @@ class Family:
     config: Mapping[str, Any]
     stands_for: str
 
+    @property
+    def images(self) -> bool:
+        """Whether it takes images."""
+        return "vision_config" in self.config or self.kind.startswith("minicpmv")
+
 
 FAMILIES = (
     Family("Qwen2, Qwen2.5, R1-Distill-Qwen", "qwen2", _DENSE, "bias in attention"),
@@ -109,7 +114,8 @@ FAMILIES = (
     Family("MiMo-VL", "qwen2_5_vl", _vl(num_hidden_layers=4, num_key_value_heads=1),
            "Qwen2.5-VL's architecture, text alone here"),
     Family("MiniCPM-V 4.6", "minicpmv4_6", {
-        "text_config": {"model_type": "qwen3_5_text", **_DENSE}}, "images, text alone here"),
+        "text_config": {"model_type": "qwen3_5_text", **_DENSE,
+                        "layer_types": ["full_attention"] * 3}}, "images, text alone here"),
     Family("Gemma 3", "gemma3_text", {**_DENSE, "sliding_window": 64, "layer_types": [
         "sliding_attention", "full_attention", "sliding_attention"]}, "sliding windows"),
     Family("Granite 4", "granitemoehybrid", {**_DENSE, "layer_types": [
