@@ -23,6 +23,7 @@ from vllm.v1.kv_offload.config import (
     OffloadingParallelConfig,
 )
 
+from xllm_kv.prices import TierCounts
 from xllm_kv.tiers.manager import GatedManager, Wanted
 from xllm_kv.tiers.spec import TiersSpec
 from xllm_kv.tiers.worker import HostCopies
@@ -145,3 +146,16 @@ class Engine:
     def closes(self) -> None:
         self.worker.shutdown()
         self.manager.shutdown()
+
+
+def kept(engine: Engine, numbers: list[int]) -> None:
+    """A request computes these blocks, and they have gone to the store."""
+    context = engine.request("first", numbers)
+    assert engine.keeps(context, numbers) == numbers
+    engine.settled()
+    engine.ends(context)
+
+
+def counts(engine: Engine) -> TierCounts:
+    """Of the remote tier."""
+    return engine.manager.prices.counts["RemoteTier"]

@@ -17,8 +17,7 @@ if not inspect_seam("kv_tiers").holds:
 if find_master() is None:
     pytest.skip("needs the extra mooncake", allow_module_level=True)
 
-from tests.contract.xllm_kv.harness import CHUNK, HIT, MISS, Engine, key
-from xllm_kv.prices import TierCounts
+from tests.contract.xllm_kv.harness import CHUNK, HIT, MISS, Engine, counts, kept, key
 from xllm_kv.tiers import remote
 from xllm_kv.tiers.mooncake_store import MooncakeStore
 from xllm_kv.tiers.remote_store import StoreError
@@ -67,18 +66,6 @@ def start(
     yield start
     for engine in made:
         engine.closes()
-
-
-def kept(engine: Engine, numbers: list[int]) -> None:
-    """A request computes these blocks, and they have gone to the store."""
-    context = engine.request("first", numbers)
-    assert engine.keeps(context, numbers) == numbers
-    engine.settled()
-    engine.ends(context)
-
-
-def counts(engine: Engine) -> TierCounts:
-    return engine.manager.prices.counts["RemoteTier"]
 
 
 def name(engine: Engine, number: int) -> str:

@@ -26,10 +26,10 @@ import redis
 from vllm.v1.kv_offload.base import Locality
 from vllm.v1.kv_offload.config import OffloadingModelConfig
 
-from tests.contract.xllm_kv.harness import END, HIT, MISS, TOKENS, Engine, key
+from tests.contract.xllm_kv.harness import END, HIT, MISS, TOKENS, Engine, counts, kept, key
 from xllm_kv.config import KvSection
 from xllm_kv.plugin import prepare
-from xllm_kv.prices import PROBE_S, TierCounts
+from xllm_kv.prices import PROBE_S
 from xllm_kv.tiers import redis_store, remote
 from xllm_plugins.errors import ConfigError
 
@@ -71,18 +71,6 @@ def start(store: RedisServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start
     yield start
     for engine in made:
         engine.closes()
-
-
-def kept(engine: Engine, numbers: list[int]) -> None:
-    """A request computes these blocks, and they have gone to the store."""
-    context = engine.request("first", numbers)
-    assert engine.keeps(context, numbers) == numbers
-    engine.settled()
-    engine.ends(context)
-
-
-def counts(engine: Engine) -> TierCounts:
-    return engine.manager.prices.counts["RemoteTier"]
 
 
 def value(store: RedisServer, number: int) -> tuple[Any, Any]:
