@@ -1,6 +1,7 @@
 PY := .venv/bin/python
 OLDER_VLLM := $(CURDIR)/.cache/vllm-0.23.0
 ASCEND := $(CURDIR)/tests/ascend/stub:$(CURDIR)/.cache/vllm-ascend-0.23.0:$(OLDER_VLLM)
+BESIDE := -n 3 --dist loadgroup
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -15,9 +16,9 @@ run: ## Serve a small real model with the plugins and try it (ARGS="--once")
 
 test: lint ## Check and test everything, on vLLM 0.23.0 and vllm-ascend too (ARGS="-k name")
 	@.ci/setup-vllm 0.23.0
-	PYTHONPATH=$(OLDER_VLLM) XLLM_EXPECT_VLLM=0.23.0 $(PY) -m pytest tests/contract
+	PYTHONPATH=$(OLDER_VLLM) XLLM_EXPECT_VLLM=0.23.0 $(PY) -m pytest $(BESIDE) tests/contract
 	.ci/upstream-tests
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(BESIDE) $(ARGS)
 	@$(MAKE) ascend ARGS=
 
 upstream: ## Run vLLM's own tests with our scheduler, connectors and EPLB policy, 3 minutes
@@ -27,7 +28,7 @@ upstream: ## Run vLLM's own tests with our scheduler, connectors and EPLB policy
 ascend: ## Test on vllm-ascend 0.23.0, without an NPU (ARGS="-k name")
 	@.ci/setup --dev
 	@.ci/setup-ascend
-	PYTHONPATH=$(ASCEND) $(PY) -m pytest tests/ascend $(ARGS)
+	PYTHONPATH=$(ASCEND) $(PY) -m pytest $(BESIDE) tests/ascend $(ARGS)
 
 zoo: ## Hold a tiny model of each family against vLLM alone, 10 minutes (ARGS="Qwen3")
 	@.ci/setup

@@ -41,6 +41,7 @@ DEVELOPMENT = [
     "pytest",
     "pytest-asyncio",
     "pytest-timeout",
+    "pytest-xdist",
     "redis",
     "ruff",
     "schemathesis",

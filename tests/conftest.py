@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -11,14 +12,41 @@ from hypothesis import settings
 settings.register_profile("xllm", deadline=None, derandomize=True, max_examples=200)
 settings.load_profile("xllm")
 _SERVER_TEST_S = 900.0  # of a test that starts a server; a busy machine takes minutes for it
+_LONG_S = 60.0  # a test that takes longer is told of
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("serve"):
             item.add_marker(pytest.mark.timeout(_SERVER_TEST_S))
+    if config.getoption("numprocesses", None):
+        # Files side by side, as what a module shares is made once; but whole servers one after the
+        # other, since each wants all cores, and from the beginning, since they take longest.
+        for item in items:
+            serves = item.get_closest_marker("serve") is not None
+            item.add_marker(pytest.mark.xdist_group("serve" if serves else str(item.path)))
+        items.sort(key=lambda item: item.get_closest_marker("serve") is None)
     if importlib.util.find_spec("vllm") is not None:
         return
     for item in items:
         if item.get_closest_marker("vllm") or item.get_closest_marker("serve"):
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+class AtOnce:
+    """Says at once what failed and what took long; a run that is broken off shows nothing else."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal: Any = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed:
+            terminal.write_line(f"\n{report.nodeid} failed:\n{report.longreprtext}")
+        elif report.duration > _LONG_S:
+            terminal.write_line(f"\n{report.nodeid}, {report.when}: {report.duration:.0f} s")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # of pytest-xdist, whose controller tells
+        config.pluginmanager.register(AtOnce(config))

@@ -83,15 +83,6 @@ def test_llm_uses_the_plugins_that_the_environment_names(model: Path, tmp_path: 
     [
         (["--plugins", "xllm.schduler"], "the nearest is xllm.scheduler"),
         (
-            ["--plugins", "xllm", "--xllm-config", '{"scheduler": {"tpot": 1}}'],
-            "scheduler.tpot from --xllm-config is not a setting; the nearest is",
-        ),
-        (["--xllm-config", '{"scheduler": {}}'], "--xllm-config needs --plugins"),
-        (
-            ["--plugins", "xllm", "--additional-config", '{"xllm": {"scheduler": {"mode": 3}}}'],
-            "scheduler.mode from --additional-config is 3; allowed is auto, on, off.",
-        ),
-        (
             ["--plugins", "xllm", "--xllm-config", '{"scheduler": {"policy": "nope"}}'],
             "There is no scheduler.step policy named 'nope'; installed are elastic.",
         ),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import shutil
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,7 +21,7 @@ pytestmark = [
     pytest.mark.serve,
     pytest.mark.skipif(SHARED_GIB < 1.0, reason="/dev/shm has no room for a tier"),
 ]
-
+REDIS = shutil.which("redis-server") and importlib.util.find_spec("redis")
 # A device for little more than one of three prompts of about 1,400 tokens.
 PROMPTS = [" ".join(f"{name}{n}" for n in range(350)) for name in ("river", "stone", "cloud")]
 DEVICE = ("--num-gpu-blocks-override", "17")
@@ -36,42 +39,50 @@ def tiers(server: Server) -> dict[str, Any]:
     return found
 
 
-def test_what_the_device_gives_up_comes_back_also_after_a_restart(
-    start: Start, tmp_path: Path
-) -> None:
-    settings = json.dumps({"kv": {"host_gib": 0.5, "disk": str(tmp_path)}})
-    args = (*DEVICE, "--plugins", "xllm.kv", "--xllm-config", settings)
-    with start(*args) as server:
-        first = [answer(server, prompt) for prompt in PROMPTS]
-        assert tiers(server)["host"]["fetched_bytes"] == 0
-        again = [answer(server, prompt) for prompt in PROMPTS]
-        host = tiers(server)["host"]
-        assert host["won_tokens"] >= 3 * 1024
-        assert host["fetched_bytes"] > 0
-        assert host["stored_bytes"] > 0
-        assert again == first
-    with start(*args) as server:
-        assert [answer(server, prompt) for prompt in PROMPTS] == first
-        disk = tiers(server)["DiskTier"]
-        assert disk["won_tokens"] >= 3 * 1024
-        assert disk["fetched_bytes"] > 0
-        assert disk["errors"] == 0
+@dataclass(frozen=True)
+class Kept:
+    """What a server has left behind."""
+
+    answers: list[str]
+    disk: str
+    remote: str
+    """Address of the store; "" without Redis."""
 
 
-@pytest.mark.skipif(
-    shutil.which("redis-server") is None or importlib.util.find_spec("redis") is None,
-    reason="needs redis-server and redis",
-)
-def test_what_one_instance_computed_another_fetches(start: Start) -> None:
-    with redis_server() as store:
-        settings = json.dumps({"kv": {"host_gib": 0.3, "remote": store.url}})
-        args = (*DEVICE, "--plugins", "xllm.kv", "--xllm-config", settings)
-        with start(*args) as server:
+@pytest.fixture(scope="module")
+def kept(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
+    disk = str(tmp_path_factory.mktemp("disk"))
+    with redis_server() if REDIS else contextlib.nullcontext() as store:
+        remote = store.url if store else ""
+        with with_tiers(start, disk=disk, remote=remote) as server:
             first = [answer(server, prompt) for prompt in PROMPTS]
-            assert tiers(server)["RemoteTier"]["stored_bytes"] > 0
-        with start(*args) as server:
+            assert tiers(server)["host"]["fetched_bytes"] == 0
             assert [answer(server, prompt) for prompt in PROMPTS] == first
-            remote = tiers(server)["RemoteTier"]
-    assert remote["won_tokens"] >= 3 * 1024
-    assert remote["fetched_bytes"] > 0
-    assert remote["errors"] == 0
+            assert came_back(server, "host")["stored_bytes"] > 0
+        yield Kept(first, disk, remote)
+
+
+def test_what_the_device_gave_up_comes_back_after_a_restart(start: Start, kept: Kept) -> None:
+    with with_tiers(start, disk=kept.disk) as server:
+        assert [answer(server, prompt) for prompt in PROMPTS] == kept.answers
+        assert came_back(server, "DiskTier")["errors"] == 0
+
+
+@pytest.mark.skipif(not REDIS, reason="needs redis-server and redis")
+def test_what_one_instance_computed_another_fetches(start: Start, kept: Kept) -> None:
+    with with_tiers(start, remote=kept.remote) as server:
+        assert [answer(server, prompt) for prompt in PROMPTS] == kept.answers
+        assert came_back(server, "RemoteTier")["errors"] == 0
+
+
+def with_tiers(start: Start, **settings: str) -> AbstractContextManager[Server]:
+    config = json.dumps({"kv": {"host_gib": 0.5, **settings}})
+    return start(*DEVICE, "--plugins", "xllm.kv", "--xllm-config", config)
+
+
+def came_back(server: Server, tier: str) -> dict[str, Any]:
+    """What a tier says of itself, from which all the prompts have come."""
+    found: dict[str, Any] = tiers(server)[tier]
+    assert found["won_tokens"] >= 3 * 1024
+    assert found["fetched_bytes"] > 0
+    return found

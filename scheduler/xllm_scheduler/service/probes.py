@@ -13,7 +13,10 @@ import aiohttp
 from xllm_scheduler.service.fleet import Fleet
 from xllm_scheduler.service.registry import Health, Record
 
-_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
+# A server that imports something on its first request of a kind, or shares a core, answers late.
+_TIMEOUT_S = 5.0
+_LATE_S = 1.0  # beyond that time; more means that this process itself was held up
+_TIMEOUT = aiohttp.ClientTimeout(total=_TIMEOUT_S)
 _ATTEMPTS = 2  # probes in a row that have to fail
 _ERRORS = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 logger = logging.getLogger("xllm.router")
@@ -99,6 +102,9 @@ class Watch:
         for name in self._unanswered.keys() - silent.keys():  # they have reported themselves
             self._is_well(name)
         answers = await asyncio.gather(*(healthy(self._session, url) for url in silent.values()))
+        if (took_s := self._clock() - now_s) > _TIMEOUT_S + _LATE_S:
+            logger.warning("this router stood still for %.1f s: nobody else is blamed", took_s)
+            return
         for name, well in zip(silent, answers, strict=True):
             if well:
                 self._is_well(name)

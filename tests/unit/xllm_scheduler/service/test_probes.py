@@ -19,12 +19,14 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 0.0
         self.down: set[str] = set()
+        self.takes_s = 0.0
         self.fleet: Fleet = fleet("a", "b", new_breaker=lambda: Breaker(failures=1))
         self.suspected: list[str] = []
         self.lost: list[str] = []
         urls = {m.record.url: name for name, m in self.fleet.registry.members.items()}
 
         async def healthy(session: Any, url: str) -> bool:
+            self.now_s += self.takes_s
             return urls[url] not in self.down
 
         monkeypatch.setattr(probes, "healthy", healthy)
@@ -55,6 +57,15 @@ async def test_two_probes_in_a_row_make_a_suspect(world: World) -> None:
     await world.look()
     assert world.suspected == ["a"]
     assert world.goes_to() == {"b"}
+
+
+async def test_a_router_that_stands_still_itself_blames_nobody(world: World) -> None:
+    world.down, world.takes_s = {"a"}, 20.0
+    await world.look(3)
+    assert world.suspected == []
+    world.takes_s = 0.0
+    await world.look(2)
+    assert world.suspected == ["a"]
 
 
 async def test_what_it_failed_while_it_was_down_is_not_held_against_it(world: World) -> None:
