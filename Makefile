@@ -1,7 +1,7 @@
 PY := .venv/bin/python
 OLDER_VLLM := $(CURDIR)/.cache/vllm-0.23.0
 ASCEND := $(CURDIR)/tests/ascend/stub:$(CURDIR)/.cache/vllm-ascend-0.23.0:$(OLDER_VLLM)
-BESIDE := -n 3 --dist loadgroup
+BESIDE := -n 3 --no-loadscope-reorder
 ARGS ?=
 
 .DEFAULT_GOAL := help

@@ -12,6 +12,7 @@ from hypothesis import settings
 settings.register_profile("xllm", deadline=None, derandomize=True, max_examples=200)
 settings.load_profile("xllm")
 _SERVER_TEST_S = 900.0  # of a test that starts a server; a busy machine takes minutes for it
+_SERVERS = "tests/serve/"
 _LONG_S = 60.0  # a test that takes longer is told of
 
 
@@ -19,18 +20,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("serve"):
             item.add_marker(pytest.mark.timeout(_SERVER_TEST_S))
-    if config.getoption("numprocesses", None):
-        # Files side by side, as what a module shares is made once; but whole servers one after the
-        # other, since each wants all cores, and from the beginning, since they take longest.
-        for item in items:
-            serves = item.get_closest_marker("serve") is not None
-            item.add_marker(pytest.mark.xdist_group("serve" if serves else str(item.path)))
+    if hasattr(config, "workerinput"):  # by pytest-xdist; servers first, since they take longest
         items.sort(key=lambda item: item.get_closest_marker("serve") is None)
     if importlib.util.find_spec("vllm") is not None:
         return
     for item in items:
         if item.get_closest_marker("vllm") or item.get_closest_marker("serve"):
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files side by side, as what a module shares is made once; but whole servers in turn."""
+    from xdist.scheduler import LoadFileScheduling
+
+    scheduler: Any = LoadFileScheduling(config, log)
+    file_of = scheduler._split_scope
+    scheduler._split_scope = lambda test: _SERVERS if test.startswith(_SERVERS) else file_of(test)
+    return scheduler
 
 
 class AtOnce:
@@ -48,5 +55,5 @@ class AtOnce:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # of pytest-xdist, whose controller tells
+    if not hasattr(config, "workerinput"):  # of which the controller tells
         config.pluginmanager.register(AtOnce(config))

@@ -145,7 +145,8 @@ def test_instances_register_themselves_with_what_they_are(fleet: Fleet) -> None:
 
 def test_an_answer_is_the_instances_own(fleet: Fleet) -> None:
     through = ask(fleet.router.url, "What is the capital of France?")
-    assert text(through) == text(ask(fleet.servers[0].url, "What is the capital of France?"))
+    direct = ask(fleet.servers[0].url, "What is the capital of France?")
+    assert text(through) == text(direct)
     assert "Paris" in text(through)
 
 
@@ -164,7 +165,8 @@ def test_streams_of_other_apis_come_whole(
     assert found.status_code == 200, found.text
     kinds = [line[7:] for line in found.text.splitlines() if line.startswith("event: ")]
     assert kinds[-1] == last, found.text
-    assert sum("delta" in kind for kind in kinds) >= 2, kinds
+    # vLLM puts tokens together that are generated faster than they are read.
+    assert any("delta" in kind for kind in kinds), kinds
 
 
 def test_a_prompt_goes_where_its_kv_lies(fleet: Fleet) -> None:
