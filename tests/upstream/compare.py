@@ -9,18 +9,15 @@ it, and even then it may fail in an assertion of its own only, not inside vLLM o
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from tests.upstream.models import write_hub
 from tests.upstream.plugin import HALF_OFFLINE, OURS, THEIRS
+from tests.upstream.session import Outcomes, outcomes_of
 
 AT_ONCE = 2
 # So many tests must have passed in which our classes scheduled steps, and were given offline
@@ -96,8 +93,6 @@ DIFFERS = {
     f"{_SCHEDULER}_throttle_capacity_bound_guard_admits": _ORDER,
 }
 
-Outcomes = dict[str, dict[str, Any]]
-
 
 def main() -> int:
     """Run all three, print what they gave, and return the exit status."""
@@ -122,33 +117,14 @@ def run(
     mode: str, source: Path, folder: Path, files: Sequence[str] = FILES, more: Sequence[str] = ()
 ) -> Outcomes:
     """The outcomes of tests with one kind of classes, and with more options for pytest."""
-    mine = folder / "-".join((mode, *more[-1:]))  # tests leave files where they run
-    mine.mkdir()
-    outcomes, log = mine / "outcomes.json", mine / "log"
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_CACHE": str(folder / "hub"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(source)]),
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(source), "-q"]
-    # Source of failing code is not wanted, and pytest cannot parse all of it.
-    command += ["-p", "plugin", "-p", "no:cacheprovider", "-W", "ignore", "--tb", "native"]
-    command += ["--continue-on-collection-errors", "--timeout", "120"]
-    command += ["--scheduler", mode, "--outcomes", str(outcomes), *more]
-    command += [str(source / file) for file in files]
-    with log.open("w") as sink:
-        done = subprocess.run(
-            command, cwd=mine, env=environment, stdout=sink, stderr=sink, check=False
-        )
-    if done.returncode not in (0, 1):  # all passed, or some failed
-        sys.exit(f"pytest failed as a whole:\n{log.read_text()[-4000:]}")
-    found: Outcomes = json.loads(outcomes.read_text())
-    return found
+    return outcomes_of(
+        source,
+        files,
+        folder / "-".join((mode, *more[-1:])),
+        "plugin",
+        ["--scheduler", mode, *more],
+        hub=folder / "hub",
+    )
 
 
 def passed(outcomes: Outcomes) -> set[str]:

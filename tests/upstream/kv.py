@@ -14,10 +14,11 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.upstream.compare import AT_ONCE, CONNECTOR, Outcomes, count, passed, run
+from tests.upstream.compare import AT_ONCE, CONNECTOR, count, passed, run
 from tests.upstream.kv_plugin import AROUND, OURS
 from tests.upstream.models import write_hub
 from tests.upstream.plugin import THEIRS
+from tests.upstream.session import Outcomes
 
 # By mode: where such a connector is built, and in how many tests ours must have had steps; with
 # fewer they would say nothing.

@@ -9,15 +9,14 @@ has to pass with us; what fails without us, for want of an NPU, of kernels or of
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from tests.upstream.compare import Outcomes, count, passed
+from tests.upstream.compare import count, passed
 from tests.upstream.models import write_hub
+from tests.upstream.session import Outcomes, outcomes_of
 from tests.upstream.suites_plugin import MODES, ON, WITHOUT
 from xllm_plugins.activation import allow_list
 from xllm_plugins.names import ENTRY_POINT, ENV_ALLOW_LIST, ENV_SELECTION
@@ -79,40 +78,22 @@ def main() -> int:
 
 def run(suite: str, mode: str, source: Path, folder: Path) -> Outcomes:
     """The outcomes of a suite's tests in one mode."""
-    mine = folder / mode  # tests leave files where they run
-    mine.mkdir()
-    outcomes, log = mine / "outcomes.json", mine / "log"
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_CACHE": str(folder / "hub"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parent), str(source), os.environ["PYTHONPATH"]]
-        ),
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    environment = {}
     if mode == WITHOUT:
         others = [name for name in allow_list(None).split(",") if name != ENTRY_POINT]
         environment[ENV_ALLOW_LIST] = ",".join(others)
     if mode == ON:
         environment[ENV_SELECTION] = "xllm"
-    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(source), "-q"]
-    command += ["-p", "suites_plugin", "-p", "no:cacheprovider", "-W", "ignore", "--tb", "native"]
-    command += ["--continue-on-collection-errors", "--timeout", "120"]
-    command += ["--mode", mode, "--outcomes", str(outcomes)]
-    command += [f"--ignore={source / path}" for path in EXCLUDED]
-    command += [str(source / path) for path in FILES[suite]]
-    with log.open("w") as sink:
-        done = subprocess.run(
-            command, cwd=mine, env=environment, stdout=sink, stderr=sink, check=False
-        )
-    if done.returncode not in (0, 1):  # all passed, or some failed
-        sys.exit(f"pytest failed as a whole:\n{log.read_text()[-4000:]}")
-    found: Outcomes = json.loads(outcomes.read_text())
-    return found
+    return outcomes_of(
+        source,
+        FILES[suite],
+        folder / mode,
+        "suites_plugin",
+        ["--mode", mode, *(f"--ignore={source / path}" for path in EXCLUDED)],
+        hub=folder / "hub",
+        env=environment,
+        path=[os.environ["PYTHONPATH"]],
+    )
 
 
 if __name__ == "__main__":
