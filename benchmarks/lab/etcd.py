@@ -3,60 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import subprocess
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
-from benchmarks.lab.server import ServerError, free_port
+from benchmarks.lab.program import Program, running
+from benchmarks.lab.server import free_port
 
-_START_S = 60.0
 
-
-class EtcdServer:
+class EtcdServer(Program):
     """See the module. Needs ``etcd`` (Debian: etcd-server).
+
+    Args:
+        data: the folder of its data.
 
     Attributes:
         url: where it answers, while it runs.
     """
 
-    def __init__(self) -> None:
-        self.url = f"http://127.0.0.1:{free_port()}"
-        self._peer = f"http://127.0.0.1:{free_port()}"
-        self._data = tempfile.mkdtemp(prefix="etcd-")
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Run it until it answers.
-
-        Raises:
-            ServerError: it does not.
-        """
-        command = ["etcd", "--data-dir", self._data, "--listen-client-urls", self.url,
-                   "--advertise-client-urls", self.url, "--listen-peer-urls", self._peer,
-                   "--initial-advertise-peer-urls", self._peer,
-                   "--initial-cluster", f"default={self._peer}"]  # fmt: skip
-        devnull = subprocess.DEVNULL
-        self._process = subprocess.Popen(command, stdout=devnull, stderr=devnull)
-        until_s = time.monotonic() + _START_S
-        while not self._answers():
-            if time.monotonic() > until_s:
-                raise ServerError("etcd did not start")
-            time.sleep(0.05)
-
-    def stop(self) -> None:
-        """End it at once; it can be started again."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-
-    def clean(self) -> None:
-        """End it and drop its data."""
-        self.stop()
-        shutil.rmtree(self._data)
+    def __init__(self, data: str) -> None:
+        port = free_port()
+        self.url, peer = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{free_port()}"
+        command = ["etcd", "--data-dir", data, "--listen-client-urls", self.url,
+                   "--advertise-client-urls", self.url, "--listen-peer-urls", peer,
+                   "--initial-advertise-peer-urls", peer,
+                   "--initial-cluster", f"default={peer}"]  # fmt: skip
+        super().__init__(command, port)
 
     def _answers(self) -> bool:
         with contextlib.suppress(urllib.error.URLError, OSError):
@@ -68,9 +41,5 @@ class EtcdServer:
 @contextlib.contextmanager
 def etcd_server() -> Iterator[EtcdServer]:
     """One that runs until the block ends."""
-    server = EtcdServer()
-    try:
-        server.start()
+    with tempfile.TemporaryDirectory(prefix="etcd-") as data, running(EtcdServer(data)) as server:
         yield server
-    finally:
-        server.clean()
