@@ -13,6 +13,7 @@ settings.register_profile("xllm", deadline=None, derandomize=True, max_examples=
 settings.load_profile("xllm")
 _SERVER_TEST_S = 900.0  # of a test that starts a server; a busy machine takes minutes for it
 _SERVERS = "tests/serve/"
+_BESIDE = {f"{_SERVERS}test_{name}.py" for name in ("cluster", "kv", "router")}
 _LONG_S = 60.0  # a test that takes longer is told of
 
 
@@ -31,12 +32,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Files side by side, as what a module shares is made once; but whole servers in turn."""
+    """Files side by side, as what a module shares is made once; of whole servers two at a time.
+
+    Starting one takes longest, and mostly one core.
+    """
     from xdist.scheduler import LoadFileScheduling
 
     scheduler: Any = LoadFileScheduling(config, log)
     file_of = scheduler._split_scope
-    scheduler._split_scope = lambda test: _SERVERS if test.startswith(_SERVERS) else file_of(test)
+
+    def scope(test: str) -> str:
+        file: str = file_of(test)
+        if file.startswith(_SERVERS):
+            return "servers beside them" if file in _BESIDE else "servers"
+        return file
+
+    scheduler._split_scope = scope
     return scheduler
 
 
