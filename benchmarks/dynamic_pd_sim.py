@@ -182,6 +182,14 @@ def highest(
     )
 
 
+def point(
+    system: str, scheduler: str, work: Work, factor: float, plan: Sequence[int] = ()
+) -> tuple[float, float]:
+    """Attainment and goodput at one factor; of a run that is broken off, until then."""
+    summary = simulated(system, scheduler, work, factor, plan, least=ATTAINMENT).summary()
+    return summary.attainment, summary.goodput_s
+
+
 def by_minute(system: str, scheduler: str, work: Work, factor: float) -> dict[int, tuple[int, int]]:
     """For each minute, how many of the requests that came in it were in time, and how many came."""
     found: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0])
@@ -226,6 +234,23 @@ def table(title: str, results: Mapping[str, Result]) -> Table:
     return made
 
 
+def _at(pool: ProcessPoolExecutor, options: argparse.Namespace, title: str, work: Work) -> None:
+    """All systems at given factors, and a given plan."""
+    plans: dict[str, Sequence[int]] = dict.fromkeys(options.systems, ())
+    if options.plan:
+        plans[ORACLE] = options.plan
+    runs = {
+        (name, factor): pool.submit(point, name, options.scheduler, work, factor, plan)
+        for factor in options.at
+        for name, plan in plans.items()
+    }
+    for (name, factor), run in runs.items():
+        attainment, goodput_s = run.result()
+        given_up = "" if attainment >= ATTAINMENT else ", broken off"
+        print(f"{title} at {factor:g}, {name}: {attainment:.1%} in time{given_up}, "
+              f"{goodput_s:.2f}/s", flush=True)  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Simulates, prints; status 1 if a claim does not hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -236,6 +261,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scheduler", choices=(FCFS, ELASTIC), default=FCFS)
     parser.add_argument("--loads", nargs="+", choices=(AZURE, SWINGING), default=[AZURE, SWINGING])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--at", type=float, nargs="+", metavar="FACTOR",
+        help="only run the systems at these times the load's rate")  # fmt: skip
+    parser.add_argument("--plan", type=int, nargs="+", metavar="COUNT",
+        help="with --at, also an oracle with so many prefill instances in each minute")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="simulations at a time")
     parser.add_argument(
         "--json", type=Path, default=ROOT / "benchmarks" / "results" / "dynamic_pd_sim.json"
@@ -250,6 +279,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ProcessPoolExecutor(options.jobs) as pool:
         for title in options.loads:
             work, first = works[title]
+            if options.at:
+                _at(pool, options, title, work)
+                continue
             searches: dict[str, Future[tuple[float, float]]] = {
                 name: pool.submit(highest, name, scheduler, work, first) for name in options.systems
             }
@@ -263,6 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Console(width=None if sys.stdout.isatty() else 140).print(table(title, results))
             document[title] = {name: dataclasses.asdict(one) for name, one in results.items()}
             held += _claims(title, results)
+    if options.at:
+        return 0
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(document, indent=1) + "\n")
     for claim, holds in held:
