@@ -11,7 +11,7 @@ from hypothesis import settings
 # The same examples in every run; a shared machine may be slow, so no deadline.
 settings.register_profile("xllm", deadline=None, derandomize=True, max_examples=200)
 settings.load_profile("xllm")
-_SERVER_TEST_S = 900.0  # of a test that starts a server; a busy machine takes minutes for it
+_SERVER_TEST_S = 1800.0  # of a test that starts servers; a busy machine takes minutes for one
 _SERVERS = "tests/serve/"
 _BESIDE = {f"{_SERVERS}test_{name}.py" for name in ("cluster", "kv", "router")}
 _LONG_S = 60.0  # a test that takes longer is told of
@@ -32,10 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Files side by side, as what a module shares is made once; of whole servers two at a time.
-
-    Starting one takes longest, and mostly one core.
-    """
+    """Files side by side, as what a module shares is made once; of whole servers two at a time."""
     from xdist.scheduler import LoadFileScheduling
 
     scheduler: Any = LoadFileScheduling(config, log)

@@ -21,7 +21,7 @@ from benchmarks.lab.model import prepare_smollm2
 from benchmarks.lab.server import LOGS, cpu_environment, free_port
 
 MODEL = "smol"
-START_S, STOP_S = 300.0, 30.0
+START_S, STOP_S = 900.0, 30.0
 
 
 @dataclass

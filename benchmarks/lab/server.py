@@ -99,7 +99,7 @@ def serve(
     port: int | None = None,
     log_path: Path | None = None,
     progress: Progress | None = None,
-    timeout_s: float = 600.0,
+    timeout_s: float = 1500.0,
 ) -> Iterator[Server]:
     """Runs `vllm serve model *args` until the block ends.
 

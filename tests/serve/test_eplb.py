@@ -23,7 +23,7 @@ from xllm_eplb.trace import window_of
 
 pytestmark = [
     pytest.mark.serve,
-    pytest.mark.timeout(900),  # two servers, of which one has two ranks on the same cores
+    pytest.mark.timeout(1800),  # two servers, of which one has two ranks on the same cores
     pytest.mark.skipif(SHARED_GIB < 0.5, reason="/dev/shm has no room for two ranks"),
 ]
 TOPICS = (PROSE_PROMPTS, NUMBERS_PROMPTS)
