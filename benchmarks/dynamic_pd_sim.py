@@ -185,7 +185,7 @@ def highest(
 def point(
     system: str, scheduler: str, work: Work, factor: float, plan: Sequence[int] = ()
 ) -> tuple[float, float]:
-    """Attainment and goodput at one factor; of a run that is broken off, until then."""
+    """Attainment and goodput, requests/s, at one factor; of a run broken off, until then."""
     summary = simulated(system, scheduler, work, factor, plan, least=ATTAINMENT).summary()
     return summary.attainment, summary.goodput_s
 

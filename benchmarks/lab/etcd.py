@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
-from benchmarks.lab.program import Program, running
+from benchmarks.lab.program import Program, kept_running
 from benchmarks.lab.server import free_port
 
 
@@ -41,5 +41,8 @@ class EtcdServer(Program):
 @contextlib.contextmanager
 def etcd_server() -> Iterator[EtcdServer]:
     """One that runs until the block ends."""
-    with tempfile.TemporaryDirectory(prefix="etcd-") as data, running(EtcdServer(data)) as server:
+    with (
+        tempfile.TemporaryDirectory(prefix="etcd-") as data,
+        kept_running(EtcdServer(data)) as server,
+    ):
         yield server

@@ -6,7 +6,7 @@ import importlib.util
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from benchmarks.lab.program import Program, running
+from benchmarks.lab.program import Program, kept_running
 from benchmarks.lab.server import free_port
 
 
@@ -33,4 +33,4 @@ class MooncakeMaster(Program):
 
 def mooncake_master() -> AbstractContextManager[MooncakeMaster]:
     """One that runs until the block ends."""
-    return running(MooncakeMaster())
+    return kept_running(MooncakeMaster())

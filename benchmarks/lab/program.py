@@ -64,11 +64,11 @@ class Program:
         return False
 
 
-Running = TypeVar("Running", bound=Program)
+AnyProgram = TypeVar("AnyProgram", bound=Program)
 
 
 @contextlib.contextmanager
-def running(program: Running) -> Iterator[Running]:
+def kept_running(program: AnyProgram) -> Iterator[AnyProgram]:
     """A program that runs until the block ends."""
     try:
         program.start()

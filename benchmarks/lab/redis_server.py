@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from benchmarks.lab.program import Program, running
+from benchmarks.lab.program import Program, kept_running
 from benchmarks.lab.server import free_port
 
 
@@ -28,4 +28,4 @@ class RedisServer(Program):
 
 def redis_server(*options: str) -> AbstractContextManager[RedisServer]:
     """One that runs until the block ends."""
-    return running(RedisServer(*options))
+    return kept_running(RedisServer(*options))
