@@ -68,7 +68,8 @@ def decode_tpot_ms(
     if prefills_too:
         context += instance.waiting_tokens
     step = step_ms(instance, more, context)
-    return step / (1.0 - min(instance.prefill_share, _MOST_SHARE))
+    slowed = step / (1.0 - min(instance.prefill_share, _MOST_SHARE))
+    return max(step, min(slowed, instance.pace_ms))
 
 
 def step_ms(instance: InstanceView, more: int = 0, context_tokens: float = 0.0) -> float:

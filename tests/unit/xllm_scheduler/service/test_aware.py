@@ -52,6 +52,9 @@ def test_time_per_token_grows_with_those_that_generate_and_with_prefills() -> No
     alone = decode_tpot_ms(ASK, busy)
     assert alone == pytest.approx(10.0 + 0.5 * 11 + 0.001 * (10_000 + 1000 + 50))
     assert decode_tpot_ms(ASK, busy._replace(prefill_share=0.5)) == pytest.approx(2 * alone)
+    paced = busy._replace(prefill_share=0.5, pace_ms=1.5 * alone)  # as prefills may slow it there
+    assert decode_tpot_ms(ASK, paced) == pytest.approx(1.5 * alone)
+    assert decode_tpot_ms(ASK, paced._replace(pace_ms=0.5 * alone)) == pytest.approx(alone)
     assert whole(ASK, busy._replace(waiting=2, waiting_tokens=500)).tpot_ms == pytest.approx(
         10.0 + 0.5 * 13 + 0.001 * (11_550)
     )
