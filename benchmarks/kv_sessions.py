@@ -30,6 +30,7 @@ from benchmarks.kv_tiers import prompt_of
 from benchmarks.lab.instances import MODEL, Instance, session_of, vllm_instance
 from benchmarks.lab.machine import OthersMeter, cpu_name
 from benchmarks.lab.model import ROOT
+from benchmarks.lab.nixl import nixl_env
 from benchmarks.lab.results import percentiles
 from benchmarks.lab.router import TOKEN, RouterProcess, cores, route
 
@@ -39,8 +40,9 @@ DEVICE_TOKENS = INSTANCES * LONGEST  # the least that vLLM takes for one request
 FIRST_WORDS, MORE_WORDS, TOKENS = 250, 40, 16  # of a first turn, of others, and in each answer
 HOST_GIB = 1.0
 _START_S = 900.0  # of both side by side, on a machine that may do more than this
-WITHOUT, VLLMS, OURS = "no tiers", "vLLM's tiers", "xllm"
-SYSTEMS = (WITHOUT, VLLMS, OURS)
+SLOS = {"xllm_ttft_ms": 10_000.0, "xllm_tpot_ms": 300.0}  # what one core can keep
+WITHOUT, VLLMS, OURS, APART = "no tiers", "vLLM's tiers", "xllm", "xllm, prefill and decode apart"
+SYSTEMS = (WITHOUT, VLLMS, OURS, APART)
 
 
 @dataclass(frozen=True)
@@ -84,28 +86,30 @@ def measure(system: str, number: int, options: argparse.Namespace) -> Round:
     """One round of one system on fresh servers."""
     with ExitStack() as stack:
         router = stack.enter_context(route("--routing", options.routing))
-        for core in cores()[:INSTANCES]:
-            instance = _instance(system, core, router)
+        for core, role in zip(cores(), ("prefill", "decode"), strict=False):
+            instance = _instance(system, core, role, router)
             stack.callback(instance.stop)
             instance.start()
         router.await_instances(INSTANCES, timeout_s=_START_S)
         return asyncio.run(_sessions(router.url, number, options))
 
 
-def _instance(system: str, core: int, router: RouterProcess) -> Instance:
-    settings: dict[str, object] = {"service": {"routers": router.url, "token": TOKEN}}
+def _instance(system: str, core: int, role: str, router: RouterProcess) -> Instance:
+    service = {"routers": router.url, "token": TOKEN, "role": role if system == APART else "mixed"}
+    settings: dict[str, object] = {"service": service}
     blocks = LONGEST // BLOCK + 1  # one of vLLM's blocks is nobody's
     args = ["--num-gpu-blocks-override", str(blocks), "--enable-prompt-tokens-details"]
     plugins = "xllm.scheduler,xllm.service"
-    if system == OURS:
+    if system in (OURS, APART):
         plugins += ",xllm.kv"
-        settings["kv"] = {"host_gib": HOST_GIB}
+        transfer = "nixl" if system == APART else "none"
+        settings["kv"] = {"host_gib": HOST_GIB, "transfer": transfer}
     elif system == VLLMS:
         from benchmarks.lab.vllm_tiers import transfer_config
 
         args += ["--kv-transfer-config", transfer_config(int(HOST_GIB * 2**30))]
     args += ["--plugins", plugins, "--xllm-config", json.dumps(settings)]
-    return vllm_instance(core, args, {"PYTHONPATH": _path()})
+    return vllm_instance(core, args, {"PYTHONPATH": _path(), **nixl_env()})
 
 
 async def _sessions(url: str, number: int, options: argparse.Namespace) -> Round:
@@ -145,7 +149,7 @@ async def _asked(
     body = {
         "model": MODEL, "messages": [*messages, _message("user", lines[len(said)])],
         "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_usage": True}, "vllm_xargs": SLOS,
     }  # fmt: skip
     began_s, first_s, text = time.monotonic(), 0.0, ""
     usage: dict[str, Any] = {}

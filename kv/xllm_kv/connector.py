@@ -9,18 +9,16 @@ tiers.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-from xllm_kv.plugin import CONNECTOR, TIERS, TIERS_MODULE
+from xllm_kv.plugin import CONNECTOR, NIXL, TIERS, TIERS_MODULE
+from xllm_plugins.compat import inspect_seam, nixl_progress
 
 _Base: Any = KVConnectorFactory.get_connector_class_by_name(CONNECTOR)
-_NICE = 10  # a tenth of a core where computing threads want it too
 
 if TIERS not in KVConnectorFactory._registry:
     # Statistics name the class of a child, which front-end processes look up.
@@ -31,6 +29,10 @@ class XLLMConnector(_Base):  # type: ignore[misc]
     """See the module; its children are built by vLLM from ``connectors``."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        children = vllm_config.kv_transfer_config.kv_connector_extra_config["connectors"]
+        nixl = any(child["kv_connector"] == NIXL for child in children)
+        if nixl and inspect_seam("nixl_progress").holds:
+            nixl_progress.wait_for_events()
         with _own_cores():
             super().__init__(vllm_config, role, kv_cache_config)
 
@@ -45,19 +47,11 @@ MultiConnector = XLLMConnector
 
 @contextmanager
 def _own_cores() -> Iterator[None]:
-    """Gives this thread its cores back, and lets new threads yield to it.
+    """Gives this thread its cores back.
 
     vLLM's NIXL connector on CPUs binds the thread that computes to the machine's last core, where
-    several servers would then all compute; and NIXL's progress thread polls without end.
+    several servers would then all compute.
     """
-    cores, before = os.sched_getaffinity(0), _threads()
+    cores = os.sched_getaffinity(0)
     yield
-    if os.sched_getaffinity(0) == cores:
-        return
     os.sched_setaffinity(0, cores)
-    for thread in _threads() - before - {threading.get_native_id()}:
-        os.setpriority(os.PRIO_PROCESS, thread, _NICE)
-
-
-def _threads() -> set[int]:
-    return {int(path.name) for path in Path("/proc/self/task").iterdir()}

@@ -22,6 +22,7 @@ from xllm_plugins.features import Attachment, Feature
 from xllm_plugins.hookspecs import hookimpl
 
 CONNECTOR, MODULE = "MultiConnector", "xllm_kv.connector"
+NIXL = "NixlConnector"
 TIERS, TIERS_MODULE = "TiersConnector", "xllm_kv.tiers.connector"
 _GIB = 1 << 30
 _PACKAGES = {"redis": "redis", "rediss": "redis", "mooncake": "mooncake"}  # by kv.remote's scheme
@@ -74,7 +75,7 @@ def prepare(engine_args: Any, section: KvSection) -> Mapping[str, Any]:
     if section.transfer is Transfer.NIXL:
         if importlib.util.find_spec("nixl") is None:
             raise NotAvailableError("kv.transfer is nixl, which is not installed")
-        children.append({"kv_connector": "NixlConnector", "kv_role": "kv_both"})
+        children.append({"kv_connector": NIXL, "kv_role": "kv_both"})
     if section.host_gib:
         children.append(_tiers(section))
     from vllm.config import KVTransferConfig

@@ -13,6 +13,8 @@ from packaging.specifiers import SpecifierSet
 
 from xllm_plugins import compat
 from xllm_plugins.compat import (
+    ASCEND,
+    NIXL,
     SEAMS,
     VLLM,
     inspect_seam,
@@ -27,7 +29,8 @@ from xllm_plugins.errors import CompatError
 
 pytestmark = pytest.mark.vllm
 
-IN_VLLM = [seam for seam in SEAMS if upstream_of(seam) == VLLM]  # tests/ascend have the others
+IN_VLLM = [seam for seam in SEAMS if upstream_of(seam) == VLLM]
+ELSEWHERE = {ASCEND: "0.23.0", NIXL: "1.5.1"}  # what tests/ascend and test_nixl_progress have
 # vLLM before 0.26 has no endpoint plugins, so there is nobody to ask for the engine's status.
 ABSENT = {"0.23.0": {"engine_status", "eplb_cpu", "kv_tiers", "spec_width", "target_platform"}}
 
@@ -49,7 +52,7 @@ def test_a_seam_says_why_it_is_there_and_what_it_relies_on(seam: str) -> None:
     module = load_seam(seam)
     assert module.WHY.endswith(".")
     assert module.WITHOUT.endswith(".")
-    assert SpecifierSet(module.HOLDS_FOR).contains("0.32.0" if seam in IN_VLLM else "0.23.0")
+    assert SpecifierSet(module.HOLDS_FOR).contains(ELSEWHERE.get(upstream_of(seam), "0.32.0"))
     assert module.SEAM
     assert all(isinstance(target, compat.Target) for target in module.SEAM)
 
@@ -131,11 +134,11 @@ def test_without_vllm_no_seam_holds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("seam", sorted(set(SEAMS) - set(IN_VLLM)))
-def test_a_seam_in_vllm_ascend_is_not_looked_for_where_that_is_not_installed(
+def test_a_seam_elsewhere_is_not_looked_for_where_that_is_not_installed(
     seam: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compat, "distribution_version", lambda *names: None)
-    assert inspect_seam(seam).reason == "vllm-ascend is not installed"
+    assert inspect_seam(seam).reason == f"{upstream_of(seam)} is not installed"
     assert seams_here() == IN_VLLM
 
 

@@ -1,4 +1,4 @@
-"""Holds every seam of ``xllm_plugins.compat`` against another vLLM: ``make seams VERSION=0.33.0``.
+"""Holds seams of ``xllm_plugins.compat`` against another vLLM: ``make seams VERSION=0.33.0``.
 
     python -m tests.upstream.seams 0.33.0
 
@@ -24,6 +24,7 @@ from packaging.version import Version
 
 from xllm_plugins.compat import (
     ASCEND,
+    NIXL,
     SEAMS,
     load_seam,
     missing,
@@ -35,6 +36,7 @@ from xllm_plugins.compat import (
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("seams.json")
 PAGE = ROOT / "docs" / "compatibility.md"
+LISTED = [seam for seam in SEAMS if upstream_of(seam) != NIXL]  # the others have no vLLM's version
 BEGIN, END = "<!-- made by make seams -->", "<!-- end of what make seams made -->"
 
 
@@ -72,11 +74,11 @@ def seen(version: str) -> Rows:
     vllm, ascend = (ROOT / ".cache" / f"{name}-{version}" for name in ("vllm", "vllm-ascend"))
     if not vllm.is_dir():
         sys.exit(f"{vllm} is missing; .ci/setup-vllm {version} makes it")
-    others = [seam for seam in SEAMS if upstream_of(seam) == ASCEND]
-    rows = _child(version, [seam for seam in SEAMS if seam not in others], vllm)
+    others = [seam for seam in LISTED if upstream_of(seam) == ASCEND]
+    rows = _child(version, [seam for seam in LISTED if seam not in others], vllm)
     if ascend.is_dir():
         rows |= _child(version, others, ROOT / "tests/ascend/stub", ascend, vllm)
-    return {seam: rows[seam] for seam in SEAMS if seam in rows}
+    return {seam: rows[seam] for seam in LISTED if seam in rows}
 
 
 def _child(version: str, seams: list[str], *paths: Path) -> Rows:
@@ -137,7 +139,7 @@ def table(kept: Mapping[str, Rows]) -> str:
         f"| seam | why | declared for | {' | '.join(versions)} | where it does not hold |",
         "|---" * (len(versions) + 4) + "|",
     ]
-    for seam in SEAMS:
+    for seam in LISTED:
         module = load_seam(seam)
         upstream = "" if upstream_of(seam) != ASCEND else f"{ASCEND} "
         cells = [f"{upstream}`{module.HOLDS_FOR}`", *(cell(seam, v, kept) for v in versions)]

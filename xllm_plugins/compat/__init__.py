@@ -1,10 +1,10 @@
-"""The only code that touches vLLM's or vllm-ascend's internals: one file per seam.
+"""The only code that touches internals of vLLM, vllm-ascend or NIXL: one file per seam.
 
 Each seam module carries four constants: ``WHY`` it is needed, what is the case ``WITHOUT`` it, the
 versions it ``HOLDS_FOR`` (a version specifier), and ``SEAM``, the upstream objects and parameters
 that it relies on. One may have a function ``check`` too, which says what does not hold that no name
-or parameter tells; one in vllm-ascend has ``UPSTREAM``. :func:`inspect_seam` holds them against
-what is installed.
+or parameter tells; one that is not in vLLM has ``UPSTREAM``. :func:`inspect_seam` holds them
+against what is installed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ SEAMS = (
     "kv_connector",
     "kv_events",
     "kv_tiers",
+    "nixl_progress",
     "request_class",
     "scheduler_levers",
     "spec_proposer",
@@ -40,7 +41,7 @@ SEAMS = (
     "spec_width",
     "target_platform",
 )
-VLLM, ASCEND = "vLLM", "vllm-ascend"
+VLLM, ASCEND, NIXL = "vLLM", "vllm-ascend", "nixl"
 _MARK = "__xllm_seam__"
 
 
@@ -96,13 +97,13 @@ def load_seam(name: str) -> ModuleType:
 
 
 def seams_here() -> list[str]:
-    """The seams in vLLM, and those in vllm-ascend where that is installed."""
-    absent = set() if distribution_version(ASCEND) else {ASCEND}
+    """The seams in vLLM, and those in vllm-ascend and NIXL where these are installed."""
+    absent = {upstream for upstream in (ASCEND, NIXL) if not distribution_version(upstream)}
     return [name for name in SEAMS if upstream_of(name) not in absent]
 
 
 def upstream_of(name: str) -> str:
-    """What a seam is in: vLLM or vllm-ascend."""
+    """What a seam is in: vLLM, vllm-ascend or NIXL."""
     return str(getattr(load_seam(name), "UPSTREAM", VLLM))
 
 
