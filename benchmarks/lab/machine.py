@@ -22,7 +22,7 @@ def cpu_name() -> str:
 class OthersMeter:
     """How much CPU time everybody but this process and its descendants takes, from now on.
 
-    Descendants that have ended are counted as others where nobody has waited for them.
+    Descendants that end while it runs are counted as others; servers outlive the measurement.
     """
 
     def __init__(self) -> None:
@@ -42,5 +42,4 @@ def _cpu_seconds() -> tuple[float, float, float]:
     total = sum(times) - times.guest - times.guest_nice
     this = psutil.Process()
     own = [process.cpu_times() for process in (this, *this.children(recursive=True))]
-    ours = sum(c.user + c.system + c.children_user + c.children_system for c in own)
-    return total, total - times.idle - times.iowait, ours
+    return total, total - times.idle - times.iowait, sum(one.user + one.system for one in own)
