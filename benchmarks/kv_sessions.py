@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import os
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -29,10 +28,10 @@ from rich.table import Table
 from benchmarks.kv_tiers import prompt_of
 from benchmarks.lab.instances import MODEL, Instance, session_of, vllm_instance
 from benchmarks.lab.machine import OthersMeter, cpu_name
-from benchmarks.lab.model import ROOT
 from benchmarks.lab.nixl import nixl_env
 from benchmarks.lab.results import percentiles
 from benchmarks.lab.router import TOKEN, RouterProcess, cores, route
+from benchmarks.lab.server import own_modules
 
 BLOCK, LONGEST = 128, 2048
 INSTANCES = 2
@@ -111,7 +110,7 @@ def _instance(system: str, core: int, role: str, router: RouterProcess) -> Insta
 
         args += ["--kv-transfer-config", transfer_config(int(HOST_GIB * 2**30))]
     args += ["--plugins", plugins, "--xllm-config", json.dumps(settings)]
-    return vllm_instance(core, args, {"PYTHONPATH": _path(), **nixl_env()})
+    return vllm_instance(core, args, own_modules() | nixl_env())
 
 
 async def _sessions(url: str, number: int, options: argparse.Namespace) -> Round:
@@ -173,11 +172,6 @@ async def _asked(
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
-
-
-def _path() -> str:
-    """Where a server finds ``benchmarks``, before what it is given anyway."""
-    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _table(found: Mapping[str, Sequence[Round]]) -> Table:

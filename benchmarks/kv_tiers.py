@@ -1,8 +1,9 @@
-"""Claim: KV from host memory, disk or a store comes in a fraction of the time to compute it again.
+"""Claim: KV from a tier or a peer comes in a fraction of the time to compute it again.
 
-One real vLLM server at a time, whose device holds little more than one of three long prompts, so
-that each has been given up when it is asked for again. Rounds alternate the systems; the first
-time that a prompt is asked is not counted:
+A real vLLM server whose device holds little more than one of three long prompts, so that each has
+been given up when it is asked for again. Rounds alternate the systems; the first time that a prompt
+is asked is not counted. A peer is a second server, whose device holds all of them and which is
+asked for each first, as a router does:
 
     python -m benchmarks.kv_tiers --rounds 2
 """
@@ -17,27 +18,31 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.lab.machine import cpu_name
 from benchmarks.lab.model import prepare_smollm2
+from benchmarks.lab.mooncake_master import find_master, mooncake_master
+from benchmarks.lab.nixl import NIXL, nixl_env
 from benchmarks.lab.redis_server import redis_server
-from benchmarks.lab.server import Server, serve
+from benchmarks.lab.server import Server, own_modules, serve
+from xllm_scheduler.service.call import prefill_body
 
 PROMPT_WORDS, PROMPTS, TOKENS = 700, 3, 16
 COMPUTED, HOST, DISK, REMOTE = "computed", "host", "disk", "redis"
-SYSTEMS = (COMPUTED, HOST, DISK, REMOTE)
-CLAIMS = {HOST: 0.15, DISK: 0.3, REMOTE: 0.5}
-SERVER_ARGS = (
-    "--enforce-eager", "--max-model-len", "3200", "--dtype", "float32",
-    "--num-gpu-blocks-override", "27",
-)  # fmt: skip
+MOONCAKE, PEER, VLLMS = "mooncake", "peer", "vLLM's host"
+SYSTEMS = (COMPUTED, HOST, DISK, REMOTE, MOONCAKE, PEER, VLLMS)
+CLAIMS = {HOST: 0.15, DISK: 0.3, REMOTE: 0.5, MOONCAKE: 0.5, PEER: 0.5}
+LENGTH_ARGS = ("--enforce-eager", "--max-model-len", "3200", "--dtype", "float32")
+SERVER_ARGS = (*LENGTH_ARGS, "--num-gpu-blocks-override", "27")
+Ask = Callable[[str], "Answer"]
 
 
 @dataclass(frozen=True)
@@ -87,15 +92,45 @@ def measure(system: str, number: int, found: Found) -> None:
     rng = random.Random(number)
     prompts = [prompt_of(rng, PROMPT_WORDS) for _ in range(PROMPTS)]
     with ExitStack() as stack:
-        args = [*SERVER_ARGS, *_options_of(system, stack)]
-        server = stack.enter_context(serve(prepare_smollm2(), args=args))
+        asked = _peers(stack) if system == PEER else _alone(system, stack)
         for prompt in prompts:
-            found.first.append(ask(server, prompt, TOKENS).text)
+            found.first.append(asked(prompt).text)
         for prompt in prompts:
-            found.again.append(ask(server, prompt, TOKENS))
+            found.again.append(asked(prompt))
+
+
+def _alone(system: str, stack: ExitStack) -> Ask:
+    """Starts one server; how it is asked."""
+    args = [*SERVER_ARGS, *_options_of(system, stack)]
+    server = stack.enter_context(serve(prepare_smollm2(), args=args, env=own_modules()))
+    return lambda prompt: ask(server, prompt, TOKENS)
+
+
+def _peers(stack: ExitStack) -> Ask:
+    """Starts the one that holds prompts and the one that fetches them; how they are asked."""
+    more = ["--plugins", "xllm.kv", "--xllm-config", json.dumps(NIXL)]
+    holder, server = (
+        stack.enter_context(serve(prepare_smollm2(), args=[*args, *more], env=nixl_env()))
+        for args in (LENGTH_ARGS, SERVER_ARGS)
+    )
+
+    def asked(prompt: str) -> Answer:
+        began_s = time.perf_counter()
+        body = prefill_body({"model": holder.model, "prompt": prompt, "temperature": 0})
+        held = holder.request("POST", "/v1/completions", body)
+        before_s = time.perf_counter() - began_s
+        transfer = {"kv_transfer_params": held["kv_transfer_params"]}
+        answer = ask(server, prompt, TOKENS, transfer)
+        return dataclasses.replace(answer, ttft_s=before_s + answer.ttft_s)
+
+    return asked
 
 
 def _options_of(system: str, stack: ExitStack) -> list[str]:
+    if system == VLLMS:
+        from benchmarks.lab.vllm_tiers import transfer_config
+
+        return ["--kv-transfer-config", transfer_config(1 << 30)]
     # Before disk and store there is host memory for little more than one prompt.
     tier: dict[str, object] = {"host_gib": 1.0 if system == HOST else 0.16}
     if system == COMPUTED:
@@ -105,14 +140,19 @@ def _options_of(system: str, stack: ExitStack) -> list[str]:
         tier["disk"] = stack.enter_context(folder)
     elif system == REMOTE:
         tier["remote"] = stack.enter_context(redis_server()).url
+    elif system == MOONCAKE:
+        if find_master() is None:
+            raise SystemExit("mooncake is not installed; it is the extra of that name")
+        tier["remote"] = stack.enter_context(mooncake_master()).url(segment_gib=1.0)
     return ["--plugins", "xllm.kv", "--xllm-config", json.dumps({"kv": tier})]
 
 
-def ask(server: Server, prompt: str, tokens: int) -> Answer:
-    """Stream one completion."""
+def ask(server: Server, prompt: str, tokens: int, more: Mapping[str, Any] | None = None) -> Answer:
+    """Stream one completion; ``more`` goes into the request's body."""
     body = {
         "model": server.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0,
         "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
+        **(more or {}),
     }  # fmt: skip
     began_s, first_s, text, prompt_tokens = time.perf_counter(), 0.0, "", 0
     with closing(http.client.HTTPConnection(server.host, server.port, timeout=300)) as connection:

@@ -153,6 +153,12 @@ def cpu_environment() -> dict[str, str]:
     }
 
 
+def own_modules() -> dict[str, str]:
+    """Environment in which a server can import ``benchmarks``."""
+    root = str(Path(__file__).parents[2])
+    return {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 def preloads() -> list[str]:
     """Libraries to preload: the caller's own, then tcmalloc and Intel's OpenMP where found."""
     tcmalloc = ctypes.util.find_library("tcmalloc_minimal")
