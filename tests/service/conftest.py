@@ -19,6 +19,8 @@ from xllm_eplb.balancer import Balancer
 from xllm_eplb.phases import Prefill
 from xllm_eplb.policy import Rules
 from xllm_eplb.trace import Machine
+from xllm_kv.prices import Prices
+from xllm_kv.report import Room, _report
 from xllm_scheduler.config import SchedulerSection
 from xllm_scheduler.service.app import build
 from xllm_scheduler.service.config import RouterSection
@@ -29,11 +31,32 @@ WAIT_S = 60.0  # for what takes a moment, on however busy a machine
 MODEL = "stub"
 
 
+class Engine(StubEngine):
+    """One that has a status.
+
+    Attributes:
+        status: that it tells; None where it has none.
+    """
+
+    status: dict[str, Any] | None = None
+
+    def app(self) -> web.Application:
+        """Its routes."""
+        app = super().app()
+        app.router.add_get("/xllm/v1/status", self._status)
+        return app
+
+    async def _status(self, request: web.Request) -> web.Response:
+        if self.status is None:
+            raise web.HTTPNotFound
+        return web.json_response(self.status)
+
+
 @dataclass
 class Stub:
     """A stand-in engine that answers."""
 
-    engine: StubEngine
+    engine: Engine
     url: str
     runner: web.AppRunner
 
@@ -100,6 +123,17 @@ def told_loads() -> dict[str, Any]:
     return balancer.loads()
 
 
+def told_tiers() -> dict[str, Any]:
+    """What an engine tells that fetched 2 GiB from host memory, and was let down by its disk."""
+    prices = Prices({"host": (0.1, 5.0), "DiskTier": (1.0, 0.5)})
+    prices.ended("host", 2 << 30, 4.0)
+    prices.stored("host", 3 << 20, 0.1)
+    prices.counts["host"].won_tokens = 12_345
+    prices.ended("DiskTier", 1 << 20, 0.1, ok=False)
+    rooms = {"host": Room(1 << 30, 4 << 30), "DiskTier": Room(3 << 20, 0)}
+    return {"kv": dict(_report(prices, rooms).facts)}
+
+
 Stubs = Callable[..., Any]
 
 
@@ -111,7 +145,7 @@ async def stub() -> AsyncIterator[Stubs]:
         async def start(
             token_ms: float = 0.0, prompt_ms: float = 0.0, port: int = 0, key: str = ""
         ) -> Stub:
-            engine = StubEngine(MODEL, token_ms, prompt_ms, key)
+            engine = Engine(MODEL, token_ms, prompt_ms, key)
             runner = web.AppRunner(engine.app(), shutdown_timeout=0.1, handler_cancellation=True)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)

@@ -11,7 +11,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from tests.browser import browser, logged, needs_browser
-from tests.service.conftest import MODEL, TOKEN, WAIT_S, told_loads
+from tests.service.conftest import MODEL, TOKEN, WAIT_S, told_loads, told_tiers
 from tests.service.test_batch import ENDPOINT, lines
 
 pytestmark = needs_browser
@@ -113,6 +113,40 @@ async def test_loads_of_devices_are_seen_with_the_admin_token(
     errors = [one["message"] for one in logged(browser, "browser") if one["level"] == "SEVERE"]
     ours = [one for one in errors if url.url in one]
     assert [one for one in ours if "favicon" not in one and "401" not in one] == []
+
+
+async def test_kv_tiers_are_seen_with_the_admin_token(
+    browser: webdriver.Chrome, stub: Any, router: Any
+) -> None:
+    tiered = await stub()
+    tiered.engine.status = {"engines": [told_tiers(), {}, told_tiers()]}
+    url = await router(tiered, await stub())
+    await asyncio.to_thread(shown, browser, url.url, "routing round_robin")
+    assert not browser.find_element(By.ID, "tiers").is_displayed()
+    browser.find_element(By.CSS_SELECTOR, "#token").send_keys(TOKEN, Keys.ENTER)
+    await asyncio.to_thread(text_with, browser, "1.0 / 4.0 GiB")
+    name = tiered.url.removeprefix("http://")
+    host, disk = (f"{one['fetch_mib_ms']:.2f}" for one in told_tiers()["kv"]["tiers"].values())
+    rows = [
+        ["host", "1.0 / 4.0 GiB", "2048.0", "3.0", "12345", "0", host, "0", "0", "0"],
+        ["DiskTier", "3.0 MiB", "0.0", "0.0", "0", "0", disk, "0", "1", "0"],
+    ]
+    expected = [[one, *row] for one in (name, f"{name} #2") for row in rows]
+    assert rows_of(browser, "#tiers tbody") == expected
+    assert property_of(browser, "#tiers .bar", "title") == "25.0 %"
+    browser.find_element(By.CSS_SELECTOR, "#token").send_keys("x", Keys.ENTER)
+    await asyncio.to_thread(text_with, browser, "token is missing or wrong")
+    assert not browser.find_element(By.ID, "tiers").is_displayed()
+
+
+def rows_of(browser: webdriver.Chrome, selector: str) -> list[list[str]]:
+    """The texts of a table's cells, read at once: the page is drawn anew."""
+    script = (
+        "return [...document.querySelector(arguments[0]).rows]"
+        ".map(row => [...row.cells].map(one => one.textContent))"
+    )
+    found: list[list[str]] = browser.execute_script(script, selector)
+    return found
 
 
 def property_of(browser: webdriver.Chrome, selector: str, name: str) -> str:

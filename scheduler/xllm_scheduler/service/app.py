@@ -206,6 +206,10 @@ def _add_admin(app: FastAPI, service: Service) -> None:
     async def experts() -> dict[str, Any]:
         return await service.experts.look()
 
+    @app.get("/xllm/v1/kv/tiers", dependencies=only)
+    async def tiers() -> dict[str, Any]:
+        return await service.tiers.look()
+
     changes = json_body({name: {"type": ["string", "number"]} for name in CHANGEABLE})
 
     @app.put("/xllm/v1/settings", dependencies=only, openapi_extra=changes)

@@ -20,7 +20,6 @@ from xllm_scheduler.service.batch import Batches
 from xllm_scheduler.service.batch_store import BatchStore
 from xllm_scheduler.service.config import RouterSection, roles_of, routing_of
 from xllm_scheduler.service.etcd import Etcd
-from xllm_scheduler.service.experts import ExpertLoads
 from xllm_scheduler.service.fleet import Fleet
 from xllm_scheduler.service.gateway import Gateway
 from xllm_scheduler.service.kv_feed import KvFeed
@@ -31,6 +30,7 @@ from xllm_scheduler.service.routing import InstanceView, Role, RoutingPolicy
 from xllm_scheduler.service.seen import Seen
 from xllm_scheduler.service.staged import Guarded
 from xllm_scheduler.service.tokens import Tokens
+from xllm_scheduler.service.told import EXPERT_LOADS, KV_TIERS, Told
 from xllm_scheduler.service.turning import Turner, TurningError
 from xllm_scheduler.service.upstream import Upstream
 from xllm_scheduler.service.waiting import kept_up
@@ -88,7 +88,8 @@ class Service:
         self.turner = Turner(self.fleet, self.session, self.section.admin_token)
         ask = functools.partial(snapshot_of, self.session, self.section.admin_token)
         self.feed = KvFeed(self.fleet, time.monotonic, ask)
-        self.experts = ExpertLoads(self.fleet, self.session, time.monotonic)
+        told = functools.partial(Told, self.fleet, self.session, time.monotonic)
+        self.experts, self.tiers = told(EXPERT_LOADS), told(KV_TIERS)
         watch = Watch(
             self.fleet,
             self.session,

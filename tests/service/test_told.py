@@ -1,10 +1,14 @@
-"""Loads of experts reach the router when it is asked for them, from the instances that have any."""
+"""What instances tell of experts and KV tiers reaches the router when it is asked for it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tests.service.conftest import told_loads
+import pytest
+
+from tests.service.conftest import told_loads, told_tiers
+
+TIERS = told_tiers()["kv"]["tiers"]
 
 
 async def test_instances_that_balance_experts_tell_their_loads(stub: Any, router: Any) -> None:
@@ -13,6 +17,27 @@ async def test_instances_that_balance_experts_tell_their_loads(stub: Any, router
     url = await router(balanced, plain)
     found = await url.admin("GET", "/eplb")
     assert found == {balanced.url.removeprefix("http://"): balanced.engine.eplb}
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        ({"engines": [told_tiers()]}, [TIERS]),
+        ({"engines": [{}, told_tiers()]}, [{}, TIERS]),
+        ({"engines": [{"kv": {}}]}, None),
+        ({"instances": []}, None),
+        (None, None),
+    ],
+    ids=["one engine", "the second of two", "no tiers", "another router", "no status"],
+)
+async def test_instances_with_kv_tiers_tell_what_happened_there(
+    stub: Any, router: Any, status: dict[str, Any] | None, told: Any
+) -> None:
+    one = await stub()
+    one.engine.status = status
+    url = await router(one)
+    expected = {} if told is None else {one.url.removeprefix("http://"): told}
+    assert await url.admin("GET", "/kv/tiers") == expected
 
 
 async def test_an_instance_that_does_not_answer_is_left_out(stub: Any, router: Any) -> None:
