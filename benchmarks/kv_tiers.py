@@ -27,6 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.lab.lmcache import lmcache_args, lmcache_env
 from benchmarks.lab.machine import cpu_name
 from benchmarks.lab.model import prepare_smollm2
 from benchmarks.lab.mooncake_master import find_master, mooncake_master
@@ -37,8 +38,8 @@ from xllm_scheduler.service.call import prefill_body
 
 PROMPT_WORDS, PROMPTS, TOKENS = 700, 3, 16
 COMPUTED, HOST, DISK, REMOTE = "computed", "host", "disk", "redis"
-MOONCAKE, PEER, VLLMS = "mooncake", "peer", "vLLM's host"
-SYSTEMS = (COMPUTED, HOST, DISK, REMOTE, MOONCAKE, PEER, VLLMS)
+MOONCAKE, PEER, VLLMS, LMCACHE = "mooncake", "peer", "vLLM's host", "LMCache's host"
+SYSTEMS = (COMPUTED, HOST, DISK, REMOTE, MOONCAKE, PEER, VLLMS, LMCACHE)
 CLAIMS = {HOST: 0.15, DISK: 0.3, REMOTE: 0.5, MOONCAKE: 0.5, PEER: 0.5}
 LENGTH_ARGS = ("--enforce-eager", "--max-model-len", "3200", "--dtype", "float32")
 SERVER_ARGS = (*LENGTH_ARGS, "--num-gpu-blocks-override", "27")
@@ -72,11 +73,12 @@ def main() -> None:
     """Runs the comparison."""
     options = _options()
     console = Console()
-    found = {s: Found() for s in SYSTEMS if s in (COMPUTED, *options.systems)}
+    asked = {COMPUTED, *options.systems} - (set() if options.lmcache else {LMCACHE})
+    found = {s: Found() for s in SYSTEMS if s in asked}
     for number in range(options.rounds):
         for system in found:
             console.print(f"round {number + 1} of {options.rounds}: {system}")
-            measure(system, number, found[system])
+            measure(system, number, found[system], options.lmcache)
     console.print(_table(found))
     console.print(cpu_name())
     texts = {system: [a.text for a in one.again] for system, one in found.items()}
@@ -87,22 +89,23 @@ def main() -> None:
         options.json.write_text(json.dumps(plain, indent=1))
 
 
-def measure(system: str, number: int, found: Found) -> None:
+def measure(system: str, number: int, found: Found, lmcache: Path | None) -> None:
     """One round of one system on a fresh server."""
     rng = random.Random(number)
     prompts = [prompt_of(rng, PROMPT_WORDS) for _ in range(PROMPTS)]
     with ExitStack() as stack:
-        asked = _peers(stack) if system == PEER else _alone(system, stack)
+        asked = _peers(stack) if system == PEER else _alone(system, stack, lmcache)
         for prompt in prompts:
             found.first.append(asked(prompt).text)
         for prompt in prompts:
             found.again.append(asked(prompt))
 
 
-def _alone(system: str, stack: ExitStack) -> Ask:
+def _alone(system: str, stack: ExitStack, lmcache: Path | None) -> Ask:
     """Starts one server; how it is asked."""
     args = [*SERVER_ARGS, *_options_of(system, stack)]
-    server = stack.enter_context(serve(prepare_smollm2(), args=args, env=own_modules()))
+    env = lmcache_env(lmcache) if system == LMCACHE and lmcache else own_modules()
+    server = stack.enter_context(serve(prepare_smollm2(), args=args, env=env))
     return lambda prompt: ask(server, prompt, TOKENS)
 
 
@@ -131,6 +134,8 @@ def _options_of(system: str, stack: ExitStack) -> list[str]:
         from benchmarks.lab.vllm_tiers import transfer_config
 
         return ["--kv-transfer-config", transfer_config(1 << 30)]
+    if system == LMCACHE:
+        return lmcache_args(1.0, 128)
     # Before disk and store there is host memory for little more than one prompt.
     tier: dict[str, object] = {"host_gib": 1.0 if system == HOST else 0.16}
     if system == COMPUTED:
@@ -200,6 +205,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="servers of each system")
     parser.add_argument(
         "--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS, help="computed is always one"
+    )
+    parser.add_argument(
+        "--lmcache", type=Path, help="a folder that LMCache is installed in; without it is left out"
     )
     parser.add_argument("--json", type=Path, help="where the figures go as well")
     return parser.parse_args()

@@ -1,6 +1,7 @@
 """LMCache to compare with, from an environment of its own: what it wants clashes with vLLM's.
 
-    pip install --target FOLDER --no-deps lmcache==0.5.6 and what its import asks for
+    pip install --target FOLDER --no-deps lmcache==0.5.6 sortedcontainers aiofile aiofiles caio nvtx
+    pip install --target FOLDER --no-deps awscrt opentelemetry-exporter-prometheus==0.60b1
 
 Its server process, which vLLM's connector starts, keeps KV in shared host memory.
 """
@@ -25,8 +26,8 @@ def lmcache_env(folder: Path) -> dict[str, str]:
 def lmcache_args(host_gib: float, chunk_tokens: int) -> list[str]:
     """Options of ``vllm serve`` with so much host memory, in chunks of so many tokens."""
     server = (
-        f"--l1-size-gb {host_gib} --chunk-size {chunk_tokens} --http-port {free_port()} "
-        "--supported-transfer-mode auto"
+        f"--l1-size-gb {host_gib} --eviction-policy LRU --chunk-size {chunk_tokens} "
+        f"--http-port {free_port()} --supported-transfer-mode auto"
     )
     extra = {
         "lmcache.mp.host": "tcp://localhost",

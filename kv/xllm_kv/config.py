@@ -22,6 +22,14 @@ class Admission(str, Enum):
     SECOND_USE = "second_use"
 
 
+class Stop(str, Enum):
+    """How long a request waits for a fetch that it has begun."""
+
+    DEADLINE = "deadline"
+    WAIT = "wait"
+    BEST_EFFORT = "best_effort"
+
+
 class Eviction(str, Enum):
     """What host memory gives up."""
 
@@ -36,6 +44,12 @@ class KvSection(Section):
 
     host_gib: float = option(
         0.0, "host memory that keeps KV which the device gave up, GiB; 0 for none", at_least=0.0
+    )
+    host_share: float = option(
+        0.0,
+        "in its place, a share of the memory that is free when the server starts",
+        at_least=0.0,
+        at_most=0.9,
     )
     disk: str = option("", "a directory for KV that host memory gave up; empty for none")
     disk_gib: float = option(32.0, "how much of that disk, GiB", above=0.0)
@@ -65,6 +79,17 @@ class KvSection(Section):
         "for no limit",
         above=0.0,
         at_most=1.0,
+    )
+    pin_share: float = option(
+        0.25,
+        "of host memory, which requests may pin with xllm_pin_s; 0 for none",
+        at_least=0.0,
+        at_most=1.0,
+    )
+    stop: Stop = option(
+        Stop.DEADLINE,
+        "how long a request waits for what is fetched for it: twice as long as predicted, until it "
+        "is there, or best_effort, not at all: what has come by its turn counts",
     )
     price: bool = option(
         True, "fetch only what is predicted to take less time than computing it; false for always"

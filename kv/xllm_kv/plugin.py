@@ -32,10 +32,15 @@ _SHARED = Path("/dev/shm")  # noqa: S108 - where vLLM keeps what scheduler and w
 def check(section: KvSection) -> None:
     """Refuse a store without host memory before it; stand back where nothing is asked for."""
     behind = [name for name in ("disk", "remote") if getattr(section, name)]
-    if behind and not section.host_gib:
+    if section.host_gib and section.host_share:
         raise ConfigError(
-            f"kv.{behind[0]} is set and kv.host_gib is 0; allowed is more than 0, since KV comes "
-            "and goes through host memory."
+            f"kv.host_gib is {section.host_gib:g} and kv.host_share is {section.host_share:g}; "
+            "allowed is one of them."
+        )
+    if behind and not _wants_host(section):
+        raise ConfigError(
+            f"kv.{behind[0]} is set, and kv.host_gib and kv.host_share are 0; allowed is more than "
+            "0, since KV comes and goes through host memory."
         )
     if section.remote and not _is_address(section.remote):
         raise ConfigError(
@@ -47,8 +52,12 @@ def check(section: KvSection) -> None:
             f"kv.tenant_share is {section.tenant_share:g} and kv.eviction is "
             f"{section.eviction.value}, which knows no tenants; allowed is reuse."
         )
-    if not section.host_gib and section.transfer is Transfer.NONE:
-        raise NotAvailableError("neither kv.host_gib nor kv.transfer is set")
+    if not _wants_host(section) and section.transfer is Transfer.NONE:
+        raise NotAvailableError("none of kv.host_gib, kv.host_share and kv.transfer is set")
+
+
+def _wants_host(section: KvSection) -> bool:
+    return bool(section.host_gib or section.host_share)
 
 
 def _is_address(url: str) -> bool:
@@ -76,7 +85,7 @@ def prepare(engine_args: Any, section: KvSection) -> Mapping[str, Any]:
         if importlib.util.find_spec("nixl") is None:
             raise NotAvailableError("kv.transfer is nixl, which is not installed")
         children.append({"kv_connector": NIXL, "kv_role": "kv_both"})
-    if section.host_gib:
+    if _wants_host(section):
         children.append(_tiers(section))
     from vllm.config import KVTransferConfig
 
@@ -108,7 +117,8 @@ def _tiers(section: KvSection) -> dict[str, Any]:
     broken = inspect_seam("kv_tiers")
     if not broken.holds:
         raise NotAvailableError(f"seam kv_tiers does not hold: {broken.reason}")
-    wanted, free = int(section.host_gib * _GIB), shutil.disk_usage(_SHARED).free
+    free = shutil.disk_usage(_SHARED).free
+    wanted = _host_bytes(section, free)
     if wanted > free:
         raise NotAvailableError(
             f"kv.host_gib is {section.host_gib:g}, and {_SHARED} has {free / _GIB:.1f} GiB free; "
@@ -123,6 +133,8 @@ def _tiers(section: KvSection) -> dict[str, Any]:
         "xllm": {
             "admission": section.admission.value,
             "tenant_share": section.tenant_share,
+            "pin_share": section.pin_share,
+            "stop": section.stop.value,
             "price": section.price,
         },
     }
@@ -136,6 +148,14 @@ def _tiers(section: KvSection) -> dict[str, Any]:
         "kv_role": "kv_both",
         "kv_connector_extra_config": extra,
     }
+
+
+def _host_bytes(section: KvSection, shared_free: int) -> int:
+    if not section.host_share:
+        return int(section.host_gib * _GIB)
+    import psutil  # which vLLM brings
+
+    return int(section.host_share * min(shared_free, psutil.virtual_memory().available))
 
 
 def _behind(section: KvSection) -> list[dict[str, Any]]:

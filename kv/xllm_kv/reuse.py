@@ -6,7 +6,8 @@ learned by age: uses per exposure (person-time), pooled over the classes where a
 little. What is evicted is the leaf whose place brings the least: the lowest Gittins index of its
 hazard from its age on. Ranking by what a place brings is the idea of LHD (Beckmann et al., NSDI
 2018); the estimator, the session's turn and leaves first are ours. Time is counted in uses of
-blocks. A tenant that takes more than its share gives up its own before anybody else's.
+blocks. A tenant that takes more than its share gives up its own before anybody else's. What is
+pinned is not given up while it is.
 """
 
 from __future__ import annotations
@@ -55,11 +56,14 @@ class Reuse:
 
     Attributes:
         tenant_share: of the capacity, above which a tenant's own blocks are given up first.
+        pin_share: of the capacity, which may be pinned.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = max(1, capacity)
-        self.tenant_share = 1.0
+        self.tenant_share, self.pin_share = 1.0, 0.0
+        self._pins: dict[Key, float] = {}  # until when, s
+        self._pin_ends: list[tuple[float, int, Key]] = []
         self._blocks: dict[Key, _Block] = {}
         self._gone: OrderedDict[Key, None] = OrderedDict()
         self._names: list[Key] = []  # all blocks, for sampling
@@ -115,6 +119,32 @@ class Reuse:
             self._learn()
         while len(self._gone) > GHOSTS * self._capacity:
             self._forget(self._gone.popitem(last=False)[0])
+
+    def pin(self, keys: Iterable[Key], until_s: float) -> None:
+        """Give none of these up until then; the first of them, as far as the share for pins goes.
+
+        Args:
+            keys: from the first block of a prompt on.
+            until_s: by the clock that :meth:`unpin` is told.
+        """
+        for key in keys:
+            if key not in self._pins and len(self._pins) >= int(self.pin_share * self._capacity):
+                return
+            if until_s > self._pins.get(key, float("-inf")):
+                self._pins[key] = until_s
+                self._pushed += 1
+                heapq.heappush(self._pin_ends, (until_s, self._pushed, key))
+
+    def unpin(self, now_s: float) -> None:
+        """Let go of what was pinned until now."""
+        while self._pin_ends and self._pin_ends[0][0] <= now_s:
+            until_s, _, key = heapq.heappop(self._pin_ends)
+            if self._pins.get(key) != until_s:
+                continue  # it was pinned again, for longer
+            del self._pins[key]
+            block = self._blocks.get(key)
+            if block is not None and block.held and not block.children:
+                self._push(key, block)
 
     def held(self, key: Key) -> None:
         """Note that the cache holds a block from now on; if no request used it, this does."""
@@ -177,7 +207,9 @@ class Reuse:
         return chosen
 
     def worth(self, key: Key) -> bool:
-        """Whether a block is more likely to be used soon than what it would push out."""
+        """Whether a block is more likely to be used soon than what it would push out, or pinned."""
+        if key in self._pins:
+            return True
         leaves, block = self._worst(), self._blocks.get(key)
         if leaves is None or block is None or self._count < self._capacity:
             return True
@@ -261,6 +293,7 @@ class Reuse:
             block is not None
             and block.held
             and not block.children
+            and entry[-1] not in self._pins
             and block.used_at == entry[0]
             and _class(block) == of
         )

@@ -71,7 +71,7 @@ def _gate_managers() -> None:
     """Put every specification's manager behind ours, set so that it lets all through."""
     from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
-    from xllm_kv.config import Admission
+    from xllm_kv.config import Admission, Stop
     from xllm_kv.prices import Prices
     from xllm_kv.tiers.manager import HOST, GatedManager
 
@@ -94,7 +94,8 @@ def _gate_managers() -> None:
                 inner.secondary_tiers = []
             return Gated(
                 inner, None, Prices({HOST: (0.1, 5.0)}),
-                priced=False, admission=Admission.PREDICTED, capacity=1, chunk_bytes=1,
+                priced=False, stop=Stop.WAIT, admission=Admission.PREDICTED, capacity=1,
+                chunk_bytes=1,
             )  # fmt: skip
 
         spec.get_manager = get_manager

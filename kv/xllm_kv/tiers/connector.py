@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
@@ -16,7 +19,9 @@ from xllm_plugins.latency import StepShape, StepTimeModel
 from xllm_plugins.steps import StepClock
 
 _UNKNOWN_MS = 1e3  # a token, until the machine is known: whatever is kept is fetched
-_CLASS, _OFFLINE = "xllm_class", "offline"
+_CLASS, _OFFLINE, _PIN = "xllm_class", "offline", "xllm_pin_s"
+_MOST_PIN_S = 86_400.0
+logger = logging.getLogger("vllm.xllm_kv")
 
 
 class TiersConnector(OffloadingConnector):  # type: ignore[misc]
@@ -90,6 +95,7 @@ class TiersConnector(OffloadingConnector):  # type: ignore[misc]
             prefill_ms=prefill_ms,
             online=said.get(_CLASS) != _OFFLINE,
             tenant=request.cache_salt or "",
+            pin_s=_pin_s(said),
         )
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
@@ -110,6 +116,18 @@ class TiersConnector(OffloadingConnector):  # type: ignore[misc]
                 self._manager.prices.ended(HOST, *loaded)
             self._manager.prices.stored(HOST, *stored)
         super().update_connector_output(connector_output)
+
+
+def _pin_s(said: Mapping[str, Any]) -> float:
+    """How long a request asks for its prompt to be kept; 0 where it says nothing sensible."""
+    asked = said.get(_PIN, 0.0)
+    if isinstance(asked, (int, float)) and math.isfinite(asked) and 0.0 <= asked <= _MOST_PIN_S:
+        return float(asked)
+    logger.warning(
+        "%s is %r, which is ignored; allowed is a number of seconds from 0 to %g", _PIN, asked,
+        _MOST_PIN_S,
+    )  # fmt: skip
+    return 0.0
 
 
 def _shape(scheduler_output: Any) -> StepShape:

@@ -23,7 +23,7 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 
-from xllm_kv.config import Admission
+from xllm_kv.config import Admission, Stop
 from xllm_kv.prices import Prices, Run
 from xllm_kv.report import Room
 from xllm_kv.reuse import Reuse
@@ -46,6 +46,7 @@ class Wanted:
         prefill_ms: how long the first tokens that it lacks take to compute.
         online: the request's class.
         tenant: the request's cache salt, which its keys depend on.
+        pin_s: how long host memory may not give its prompt up, s.
     """
 
     chains: Sequence[Sequence[OffloadKey]]
@@ -55,6 +56,7 @@ class Wanted:
     prefill_ms: Callable[[int], float]
     online: bool = True
     tenant: str = ""
+    pin_s: float = 0.0
 
 
 @dataclass
@@ -77,7 +79,9 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
         reuse: how the use of chunks is followed; None leaves eviction to vLLM's own policy and
             follows uses only for admission.
         prices: what fetches cost.
-        priced: whether only what beats computing is fetched; whatever there is otherwise.
+        priced: whether only what beats computing is fetched; otherwise whatever there is, without
+            an end to waiting for it.
+        stop: how long a request waits for what is fetched for it.
         admission: what is kept.
         capacity: chunks in host memory.
         chunk_bytes: of one of them.
@@ -91,13 +95,15 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
         prices: Prices,
         *,
         priced: bool,
+        stop: Stop,
         admission: Admission,
         capacity: int,
         chunk_bytes: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.prices, self.chunk_bytes = prices, chunk_bytes
-        self._inner, self._priced, self._admission, self._clock = inner, priced, admission, clock
+        self._inner, self._priced, self._stop = inner, priced, stop
+        self._admission, self._clock = admission, clock
         self._host_bytes = capacity * chunk_bytes
         self._ranks = reuse is not None
         self._reuse = reuse if reuse is not None else Reuse(capacity)
@@ -138,7 +144,7 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
         chunks = -(-fetch.tokens // wanted.chunk_tokens)
         chain = wanted.chains[0]
         asked.fetched = set(chain[wanted.first : wanted.first + chunks])
-        asked.patience_s = fetch.deadline_ms / 1e3
+        asked.patience_s = float("inf") if self._stop is Stop.WAIT else fetch.deadline_ms / 1e3
         if fetch.probe is not None:
             self._probe(asked, wanted, runs, fetch.probe)
 
@@ -148,6 +154,8 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
         asked.counted = True
         for chain in wanted.chains:
             self._reuse.used(chain, online=wanted.online, tenant=wanted.tenant)
+            if wanted.pin_s:
+                self._reuse.pin(chain, self._clock() + wanted.pin_s)
             for tier in self._inner.secondary_tiers:
                 tier.touch(chain, asked.context)
 
@@ -238,6 +246,8 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
         found = self._inner.lookup(key, req_context)
         if found not in _PENDING:
             return found
+        if self._stop is Stop.BEST_EFFORT:
+            return LookupResult.MISS
         now_s = self._clock()
         if asked.deadline_s == float("inf"):
             asked.deadline_s = now_s + asked.patience_s
@@ -316,6 +326,7 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """See vLLM's class."""
+        self._reuse.unpin(self._clock())
         self._look()
         self._prefetch()
         self._inner.on_schedule_end(context)

@@ -10,7 +10,7 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from xllm_kv.config import Admission
+from xllm_kv.config import Admission, Stop
 from xllm_kv.prices import Prices
 from xllm_kv.tiers.cache_policy import ReuseCachePolicy
 from xllm_kv.tiers.manager import HOST, GatedManager
@@ -45,11 +45,13 @@ class TiersSpec(TieringOffloadingSpec):  # type: ignore[misc]
             reuse = policy.reuse if isinstance(policy, ReuseCachePolicy) else None
             if reuse is not None:
                 reuse.tenant_share = settings["tenant_share"]
+                reuse.pin_share = settings["pin_share"]
             self._gated = GatedManager(
                 inner,
                 reuse,
                 self.prices,
                 priced=settings["price"],
+                stop=Stop(settings["stop"]),
                 admission=Admission(settings["admission"]),
                 capacity=self.num_chunks,
                 chunk_bytes=self.kv_bytes_per_chunk,

@@ -42,6 +42,8 @@ def config(engine: str, **extra: Any) -> OffloadingConfig:
     settings = {
         "admission": "predicted",
         "tenant_share": 1.0,
+        "pin_share": 0.5,
+        "stop": "deadline",
         "price": True,
         **extra.pop("xllm", {}),
     }

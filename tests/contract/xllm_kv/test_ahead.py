@@ -27,7 +27,7 @@ from xllm_kv.config import KvSection
 from xllm_kv.plugin import _tiers
 from xllm_kv.tiers import disk
 from xllm_kv.tiers.block_file import read_block
-from xllm_kv.tiers.connector import TiersConnector
+from xllm_kv.tiers.connector import TiersConnector, _pin_s, logger
 from xllm_kv.tiers.manager import Wanted
 from xllm_plugins.compat import kv_tiers
 
@@ -189,11 +189,24 @@ def test_vllms_scheduler_says_which_requests_wait(
     connector = scheduler.connector
     assert isinstance(connector, TiersConnector)
     one = request("a", 16)
+    one.sampling_params.extra_args = {"xllm_pin_s": 30}
     scheduler.add_request(one)
     expected = connector._manager._expected["a"]
-    assert (len(expected.chains[0]), expected.first) == (4, 0)
+    assert (len(expected.chains[0]), expected.first, expected.pin_s) == (4, 0, 30.0)
     assert kv_tiers.tokens_on_device(connector, one) == 0
     scheduler.schedule()
     assert not connector._manager._expected
     assert kv_tiers.tokens_on_device(connector, one) == 16
     scheduler.shutdown()
+
+
+@pytest.mark.parametrize("asked", [-1.0, 1e9, float("nan"), "long", None])
+def test_a_pin_that_is_no_time_is_ignored_with_a_sentence(
+    asked: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(logger, "warning", lambda text, *args: told.append(text % args))
+    assert _pin_s({"xllm_pin_s": asked}) == 0.0
+    assert told == [
+        f"xllm_pin_s is {asked!r}, which is ignored; allowed is a number of seconds from 0 to 86400"
+    ]

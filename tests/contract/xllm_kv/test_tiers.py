@@ -17,7 +17,7 @@ if not inspect_seam("kv_tiers").holds:
     pytest.skip(inspect_seam("kv_tiers").reason, allow_module_level=True)
 
 import torch
-from vllm.v1.kv_offload.base import ReqContext
+from vllm.v1.kv_offload.base import LookupResult, ReqContext
 from vllm.v1.kv_offload.config import OffloadingModelConfig
 
 from tests.contract.xllm_kv.harness import (
@@ -32,7 +32,7 @@ from tests.contract.xllm_kv.harness import (
     config,
     key,
 )
-from xllm_kv.config import Admission
+from xllm_kv.config import Admission, Stop
 from xllm_kv.report import Room
 from xllm_kv.tiers.block_file import read_block
 from xllm_kv.tiers.manager import HOST
@@ -91,6 +91,20 @@ def test_a_tenant_above_its_share_makes_room_for_others() -> None:
     assert engine.keeps(other, [9, 10, 11]) == [9, 10, 11]
     assert engine.found(engine.request("e", [8, 9, 10, 11]), 8, 9, 10, 11) == [HIT] * 4
     assert engine.found(engine.request("f", [1, 2, 3, 4, 5]), 4, 5) == [HIT, MISS]
+    engine.closes()
+
+
+def test_what_a_request_pins_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, clock = Engine("pinned"), SimpleNamespace(s=0.0)
+    monkeypatch.setattr(engine.manager, "_clock", lambda: clock.s)
+    engine.keeps(engine.request("a", [1, 2], online=False, pin_s=60.0), [1, 2])
+    for others in ([3, 4, 5, 6, 7, 8], [9, 10]):  # by which it is full, and two have to go
+        engine.keeps(engine.request(f"b{others[0]}", others), others)
+    assert engine.found(engine.request("c", [1, 2], online=False), 1, 2) == [HIT, HIT]
+    clock.s = 60.0
+    engine.manager.on_schedule_end(END)
+    engine.keeps(engine.request("d", [11, 12]), [11, 12])
+    assert MISS in engine.found(engine.request("e", [1, 2], online=False), 1, 2)
     engine.closes()
 
 
@@ -234,7 +248,22 @@ def test_what_a_killed_process_had_not_finished_goes(tmp_path: Path) -> None:
     engine.closes()
 
 
-def test_a_fetch_that_is_late_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stop", "at_once", "later", "late"),
+    [
+        pytest.param(Stop.DEADLINE, PENDING, MISS, 1, id="late"),
+        pytest.param(Stop.WAIT, PENDING, PENDING, 0, id="waited for"),
+        pytest.param(Stop.BEST_EFFORT, MISS, MISS, 0, id="not waited for"),
+    ],
+)
+def test_a_fetch_that_takes_long(
+    stop: Stop,
+    at_once: LookupResult,
+    later: LookupResult,
+    late: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from xllm_kv.tiers import disk as module
 
     engine = Engine("late", **disk(tmp_path))
@@ -244,7 +273,7 @@ def test_a_fetch_that_is_late_is_given_up(tmp_path: Path, monkeypatch: pytest.Mo
     engine.closes()
 
     clock = SimpleNamespace(s=0.0)
-    engine = Engine("late", **disk(tmp_path))
+    engine = Engine("late", **disk(tmp_path), xllm={"stop": stop.value})
     monkeypatch.setattr(engine.manager, "_clock", lambda: clock.s)
 
     may_go_on = threading.Event()
@@ -255,13 +284,13 @@ def test_a_fetch_that_is_late_is_given_up(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(module, "read_block", slowly)
     slow = engine.request("b", [1], prefill_ms=1.0)
-    assert engine.manager.lookup(key(1), slow) is PENDING
+    assert engine.manager.lookup(key(1), slow) is at_once
     engine.manager.on_schedule_end(END)
     clock.s = 60.0
-    assert engine.manager.lookup(key(1), slow) is MISS
+    assert engine.manager.lookup(key(1), slow) is later
     may_go_on.set()
     engine.settled()
-    assert engine.manager.prices.counts["DiskTier"].late == 1
+    assert engine.manager.prices.counts["DiskTier"].late == late
     # It has come in the meantime, and lies in host memory.
     assert engine.found(engine.request("c", [1]), 1) == [HIT]
     engine.closes()

@@ -134,6 +134,61 @@ def test_a_tenant_within_its_share_may_push_out_who_is_above() -> None:
     assert not reuse.worth(6)
 
 
+def test_what_is_pinned_stays_until_its_time_is_over() -> None:
+    reuse = Reuse(8)
+    reuse.pin_share = 0.5
+    filled(reuse, [1, 2, 3], [4, 5, 6])
+    reuse.pin([1, 2], 10.0)
+    reuse.unpin(9.0)
+    assert reuse.victims(6, anything) == [3, 6, 5, 4]
+    reuse.unpin(10.0)
+    assert set(reuse.victims(6, anything)) == {1, 2, 3, 4, 5, 6}
+
+
+def test_the_end_of_what_is_pinned_stands_before_what_it_follows() -> None:
+    reuse = Reuse(8)
+    reuse.pin_share = 0.5
+    filled(reuse, [1, 2, 3])
+    reuse.pin([1, 2, 3], 10.0)
+    assert reuse.victims(3, anything) == []
+    reuse.unpin(10.0)
+    assert reuse.victims(3, anything) == [3, 2, 1]
+
+
+def test_a_pin_lasts_as_long_as_the_longest_that_was_asked() -> None:
+    reuse = Reuse(4)
+    reuse.pin_share = 1.0
+    filled(reuse, [1])
+    for until_s in (10.0, 30.0, 20.0):
+        reuse.pin([1], until_s)
+    reuse.unpin(20.0)
+    assert reuse.victims(1, anything) == []
+    reuse.unpin(30.0)
+    assert reuse.victims(1, anything) == [1]
+
+
+def test_no_more_is_pinned_than_the_share_for_it() -> None:
+    reuse = Reuse(8)
+    reuse.pin_share = 0.25
+    filled(reuse, [1, 2, 3, 4])
+    reuse.pin([1, 2, 3, 4], 10.0)
+    assert reuse.victims(4, anything) == [4, 3]
+    reuse.unpin(10.0)
+    reuse.pin_share = 0.0
+    reuse.pin([1, 2, 3, 4], 20.0)
+    assert reuse.victims(4, anything) == [4, 3, 2, 1]
+
+
+def test_what_is_pinned_is_worth_its_place() -> None:
+    reuse = Reuse(2)
+    reuse.pin_share = 0.5
+    filled(reuse, [1, 2])
+    reuse.used([5], online=False)
+    assert not reuse.worth(5)
+    reuse.pin([5], 10.0)
+    assert reuse.worth(5)
+
+
 PROMPTS = st.lists(
     st.lists(st.integers(0, 5), min_size=1, max_size=4).map(
         # A block stands for all before it, as its hash does.
