@@ -33,6 +33,7 @@ from benchmarks.lab.model import prepare_smollm2
 from benchmarks.lab.mooncake_master import find_master, mooncake_master
 from benchmarks.lab.nixl import NIXL, nixl_env
 from benchmarks.lab.redis_server import redis_server
+from benchmarks.lab.router import cores
 from benchmarks.lab.server import Server, own_modules, serve
 from xllm_scheduler.service.call import prefill_body
 
@@ -76,9 +77,10 @@ def main() -> None:
     asked = {COMPUTED, *options.systems} - (set() if options.lmcache else {LMCACHE})
     found = {s: Found() for s in SYSTEMS if s in asked}
     for number in range(options.rounds):
-        for system in found:
-            console.print(f"round {number + 1} of {options.rounds}: {system}")
-            measure(system, number, found[system], options.lmcache)
+        for system, one in found.items():
+            measure(system, number, one, options.lmcache)
+            ttft_s = _median([answer.ttft_s for answer in one.again])
+            console.print(f"round {number + 1} of {options.rounds}: {system} {ttft_s:.3f} s")
     console.print(_table(found))
     console.print(cpu_name())
     texts = {system: [a.text for a in one.again] for system, one in found.items()}
@@ -110,11 +112,22 @@ def _alone(system: str, stack: ExitStack, lmcache: Path | None) -> Ask:
 
 
 def _peers(stack: ExitStack) -> Ask:
-    """Starts the one that holds prompts and the one that fetches them; how they are asked."""
+    """Starts the one that holds prompts and the one that fetches them; how they are asked.
+
+    Each has a core of its own: an engine that holds KV for another goes on stepping, and takes all
+    of the core that it shares.
+    """
     more = ["--plugins", "xllm.kv", "--xllm-config", json.dumps(NIXL)]
+    model, pinned = prepare_smollm2(), cores()
     holder, server = (
-        stack.enter_context(serve(prepare_smollm2(), args=[*args, *more], env=nixl_env()))
-        for args in (LENGTH_ARGS, SERVER_ARGS)
+        stack.enter_context(
+            serve(
+                model,
+                args=[*args, *more],
+                env={**nixl_env(), "VLLM_CPU_OMP_THREADS_BIND": str(pinned[at])},
+            )
+        )
+        for at, args in ((-1, LENGTH_ARGS), (0, SERVER_ARGS))
     )
 
     def asked(prompt: str) -> Answer:

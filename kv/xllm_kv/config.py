@@ -82,7 +82,8 @@ class KvSection(Section):
     )
     pin_share: float = option(
         0.25,
-        "of host memory, which requests may pin with xllm_pin_s; 0 for none",
+        "of host memory, which requests may pin with xllm_pin_s if kv.eviction is reuse; 0 for "
+        "none",
         at_least=0.0,
         at_most=1.0,
     )

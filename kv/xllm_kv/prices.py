@@ -68,6 +68,7 @@ class TierCounts:
 
     won_tokens: int = 0
     refused_tokens: int = 0
+    missed_tokens: int = 0
     late: int = 0
     probes: int = 0
     prefetched_bytes: int = 0
@@ -138,6 +139,21 @@ class Prices:
     def fetch_ms(self, tier: str, kv_bytes: int) -> float:
         """How long a fetch takes that begins now."""
         return self._lines[tier].at((kv_bytes + self._under_way[tier]) / _MIB)
+
+    def under_way(self, tier: str) -> int:
+        """Bytes that are being fetched."""
+        return self._under_way[tier]
+
+    def missed(self, runs: Sequence[Run], tokens: int) -> None:
+        """Count what was not found.
+
+        Args:
+            runs: what was, see :meth:`choose`; tiers are looked at in the order of the guesses.
+            tokens: that were looked for.
+        """
+        for tier, counts in self.counts.items():
+            tokens -= sum(run.tokens for run in runs if run.tier == tier)
+            counts.missed_tokens += tokens
 
     def began(self, tier: str, kv_bytes: int) -> None:
         """Note that a fetch has begun."""

@@ -12,6 +12,7 @@ from xllm_plugins.status import Report
 _COUNTERS = {
     "won_tokens": "tokens that were fetched, since that was predicted to beat computing them",
     "refused_tokens": "tokens that a tier held and that were computed all the same",
+    "missed_tokens": "tokens that neither this tier nor one before it held",
     "late": "fetches that were given up because they took too long",
     "probes": "blocks that were fetched to see whether a slow tier has recovered",
     "prefetched_bytes": "bytes asked for before their request's turn had come",
@@ -33,6 +34,7 @@ METRICS = (
         for name, doc in _COUNTERS.items()
     ),
     *(Metric(f"kv_{name}", "gauge", f"KV tiers: {doc}.", ("tier",)) for name, doc in _ROOM.items()),
+    Metric("kv_under_way_bytes", "gauge", "KV tiers: bytes that are being fetched.", ("tier",)),
     Metric("kv_fetch_mib_ms", "gauge", "KV tiers: how long fetching 1 MiB takes, ms.", ("tier",)),
 )
 
@@ -66,8 +68,9 @@ def _report(prices: Prices, rooms: Mapping[str, Room]) -> Report:
         samples += [Sample(f"kv_{n}", float(getattr(counts, n)), (tier,)) for n in _COUNTERS]
         room = rooms[tier]._asdict()
         samples += [Sample(f"kv_{name}", float(room[name]), (tier,)) for name in _ROOM]
-        samples.append(Sample("kv_fetch_mib_ms", fetch_ms, (tier,)))
-        facts[tier] = {**_plain(counts), **room, "fetch_mib_ms": fetch_ms}
+        now = {"under_way_bytes": prices.under_way(tier), "fetch_mib_ms": fetch_ms}
+        samples += [Sample(f"kv_{name}", float(value), (tier,)) for name, value in now.items()]
+        facts[tier] = {**_plain(counts), **room, **now}
     return Report(samples, {"tiers": facts})
 
 

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from prometheus_client.parser import text_string_to_metric_families
 
 HEADINGS = (
-    "server", "tier", "size", "used", "hits, tokens", "refused", "late", "fetched", "at",
+    "server", "tier", "size", "used", "hits, tokens", "refused", "missed", "late", "fetched", "at",
     "stored", "at", "skipped", "evicted", "errors",
 )  # fmt: skip
+_TOKENS = ("won_tokens", "refused_tokens", "missed_tokens")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _NONE = "-"
 
@@ -80,7 +81,8 @@ def _tier(tier: str, counts: Mapping[str, float]) -> tuple[str, ...]:
         tier,
         _bytes(size) if size else _NONE,
         f"{_bytes(used)}, {used / size:.0%}" if size else _bytes(used),
-        *(f"{counts[name]:,.0f}" for name in ("won_tokens", "refused_tokens", "late")),
+        *(f"{counts[name]:,.0f}" for name in _TOKENS),
+        f"{counts['late']:,.0f}",
         _bytes(counts["fetched_bytes"]),
         _speed(counts["fetched_bytes"], counts["fetch_s"]),
         _bytes(counts["stored_bytes"]),

@@ -128,7 +128,7 @@ def told_tiers() -> dict[str, Any]:
     prices = Prices({"host": (0.1, 5.0), "DiskTier": (1.0, 0.5)})
     prices.ended("host", 2 << 30, 4.0)
     prices.stored("host", 3 << 20, 0.1)
-    prices.counts["host"].won_tokens = 12_345
+    prices.counts["host"].won_tokens, prices.counts["host"].missed_tokens = 12_345, 7
     prices.ended("DiskTier", 1 << 20, 0.1, ok=False)
     rooms = {"host": Room(1 << 30, 4 << 30), "DiskTier": Room(3 << 20, 0)}
     return {"kv": dict(_report(prices, rooms).facts)}

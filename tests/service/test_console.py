@@ -128,8 +128,8 @@ async def test_kv_tiers_are_seen_with_the_admin_token(
     name = tiered.url.removeprefix("http://")
     host, disk = (f"{one['fetch_mib_ms']:.2f}" for one in told_tiers()["kv"]["tiers"].values())
     rows = [
-        ["host", "1.0 / 4.0 GiB", "2048.0", "3.0", "12345", "0", host, "0", "0", "0"],
-        ["DiskTier", "3.0 MiB", "0.0", "0.0", "0", "0", disk, "0", "1", "0"],
+        ["host", "1.0 / 4.0 GiB", "2048.0", "3.0", "12345", "0", "7", host, "0", "0", "0"],
+        ["DiskTier", "3.0 MiB", "0.0", "0.0", "0", "0", "0", disk, "0", "1", "0"],
     ]
     expected = [[one, *row] for one in (name, f"{name} #2") for row in rows]
     assert rows_of(browser, "#tiers tbody") == expected

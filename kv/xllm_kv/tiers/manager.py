@@ -143,6 +143,8 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
         fetch = self.prices.choose(runs, wanted.prefill_ms, self._clock(), counted=counted)
         chunks = -(-fetch.tokens // wanted.chunk_tokens)
         chain = wanted.chains[0]
+        if counted:
+            self.prices.missed(runs, len(chain[wanted.first :]) * wanted.chunk_tokens)
         asked.fetched = set(chain[wanted.first : wanted.first + chunks])
         asked.patience_s = float("inf") if self._stop is Stop.WAIT else fetch.deadline_ms / 1e3
         if fetch.probe is not None:

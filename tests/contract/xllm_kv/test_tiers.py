@@ -70,6 +70,7 @@ def test_what_takes_longer_to_fetch_than_to_compute_is_missed(engine: Engine) ->
     cheap = engine.request("b", [1], prefill_ms=0.0)
     assert engine.found(cheap, 1) == [MISS]
     assert engine.manager.prices.counts[HOST].refused_tokens == TOKENS
+    assert engine.manager.prices.counts[HOST].missed_tokens == TOKENS  # of the first request
 
 
 def test_the_unlikely_is_given_up_for_the_likely(engine: Engine) -> None:

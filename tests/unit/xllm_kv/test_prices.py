@@ -94,6 +94,14 @@ def test_what_a_tier_has_yet_to_say_is_not_counted() -> None:
     assert known.counts["host"].won_tokens == 0
 
 
+def test_a_tier_misses_what_neither_it_nor_one_before_it_holds() -> None:
+    known = prices()
+    assert list(known.counts) == ["host", "disk"]
+    known.missed([Run("disk", 128, MIB), Run("host", 256, 2 * MIB)], 1024)
+    known.missed([], 16)
+    assert [known.counts[tier].missed_tokens for tier in known.counts] == [784, 656]
+
+
 def test_a_fetch_that_failed_teaches_no_speed() -> None:
     known = prices()
     before = known.fetch_ms("host", MIB)

@@ -31,6 +31,7 @@ def status() -> dict[str, Any]:
     prices = Prices({"host": (0.1, 5.0), "DiskTier": (1.0, 0.5)})
     prices.ended("host", 2 << 30, 4.0)
     prices.counts["host"].won_tokens = 12_345
+    prices.missed([], 99)
     prices.counts["DiskTier"].errors = 7
     prices.late("DiskTier")
     rooms = {"host": Room(1 << 30, 4 << 30), "DiskTier": Room(3 << 20, 0)}
@@ -52,7 +53,7 @@ def test_each_tier_is_a_row() -> None:
     host_row = rows([Server("here", status(), METRICS)])[1]
     assert host_row[fetched : fetched + 4] == ("2.0 GiB", "512.0 MiB/s", "0 B", "-")
     assert (disk["size"], disk["used"], disk["late"]) == ("-", "3.0 MiB", "1")
-    assert disk["errors"] == "7"
+    assert (disk["errors"], disk["missed"]) == ("7", "99")
 
 
 @pytest.mark.parametrize(
