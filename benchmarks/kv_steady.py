@@ -35,7 +35,7 @@ from benchmarks.lab.server import Server, serve
 ALONE, HOST, DISK = "vLLM alone", "host", "host and disk"
 CLAIM_PREFILL, CLAIM_DECODE = 0.97, 0.98
 WORDS, TOKENS = 175, 64
-PAUSE_S = 1.5
+PAUSE_S = 1.5  # longer than the worker that was asked before spins
 
 
 @dataclass(frozen=True)

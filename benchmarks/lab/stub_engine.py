@@ -65,6 +65,7 @@ class StubEngine:
         moves_bytes: what it says that fetching KV moves; None for no count at all.
         cached: prompt tokens that it says it held; None to say nothing of it.
         eplb: what it tells of its experts' loads; None where it balances none.
+        status: what it tells of its engines; None where it has no such path.
 
     Args:
         model: the name that it serves.
@@ -83,6 +84,7 @@ class StubEngine:
         self.cached: int | None = None
         self._key = key
         self.eplb: dict[str, Any] | None = None
+        self.status: dict[str, Any] | None = None
         self._goes = asyncio.Event()
         self._goes.set()
         self.asked: list[tuple[dict[str, Any], dict[str, str]]] = []  # bodies and headers
@@ -105,6 +107,7 @@ class StubEngine:
                 web.get("/metrics", self._metrics),
                 web.get("/under_way", self._count),
                 web.get(LOADS_PATH, self._loads),
+                web.get("/xllm/v1/status", self._tell_status),
                 web.post("/tokenize", self._tokenize),
                 web.post("/v1/chat/completions", self._chat),
                 web.post("/v1/completions", self._complete),
@@ -144,6 +147,11 @@ class StubEngine:
         if self.eplb is None:
             return web.json_response({"error": "xllm.eplb is not active."}, status=404)
         return web.json_response(self.eplb)
+
+    async def _tell_status(self, request: web.Request) -> web.Response:
+        if self.status is None:
+            raise web.HTTPNotFound
+        return web.json_response(self.status)
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()

@@ -9,7 +9,7 @@ tiers.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,10 +29,7 @@ class XLLMConnector(_Base):  # type: ignore[misc]
     """See the module; its children are built by vLLM from ``connectors``."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
-        children = vllm_config.kv_transfer_config.kv_connector_extra_config["connectors"]
-        nixl = any(child["kv_connector"] == NIXL for child in children)
-        if nixl and inspect_seam("nixl_progress").holds:
-            nixl_progress.wait_for_events()
+        _calm_nixl(vllm_config.kv_transfer_config.kv_connector_extra_config["connectors"])
         with _own_cores():
             super().__init__(vllm_config, role, kv_cache_config)
 
@@ -43,6 +40,13 @@ class XLLMConnector(_Base):  # type: ignore[misc]
 
 
 MultiConnector = XLLMConnector
+
+
+def _calm_nixl(children: Iterable[Mapping[str, Any]]) -> None:
+    """Keep NIXL's thread, where these have one, from the cores that compute."""
+    nixl = any(child["kv_connector"] == NIXL for child in children)
+    if nixl and inspect_seam("nixl_progress").holds:
+        nixl_progress.wait_for_events()
 
 
 @contextmanager

@@ -28,14 +28,19 @@ _ROOM = {
     "used_bytes": "bytes that lie there; in a remote store, what this engine knows of",
     "size_bytes": "bytes that may lie there; 0 where that is not known",
 }
+_NOW = {
+    "under_way_bytes": "bytes that are being fetched",
+    "fetch_mib_ms": "how long fetching 1 MiB takes, ms",
+}
 METRICS = (
     *(
         Metric(f"kv_{name}", "counter", f"KV tiers: {doc}.", ("tier",))
         for name, doc in _COUNTERS.items()
     ),
-    *(Metric(f"kv_{name}", "gauge", f"KV tiers: {doc}.", ("tier",)) for name, doc in _ROOM.items()),
-    Metric("kv_under_way_bytes", "gauge", "KV tiers: bytes that are being fetched.", ("tier",)),
-    Metric("kv_fetch_mib_ms", "gauge", "KV tiers: how long fetching 1 MiB takes, ms.", ("tier",)),
+    *(
+        Metric(f"kv_{name}", "gauge", f"KV tiers: {doc}.", ("tier",))
+        for name, doc in (_ROOM | _NOW).items()
+    ),
 )
 
 
@@ -64,13 +69,11 @@ def report_of(engine_core: Any) -> Report:
 def _report(prices: Prices, rooms: Mapping[str, Room]) -> Report:
     samples, facts = [], {}
     for tier, counts in prices.counts.items():
-        fetch_ms = prices.fetch_ms(tier, 1 << 20)
         samples += [Sample(f"kv_{n}", float(getattr(counts, n)), (tier,)) for n in _COUNTERS]
-        room = rooms[tier]._asdict()
-        samples += [Sample(f"kv_{name}", float(room[name]), (tier,)) for name in _ROOM]
-        now = {"under_way_bytes": prices.under_way(tier), "fetch_mib_ms": fetch_ms}
-        samples += [Sample(f"kv_{name}", float(value), (tier,)) for name, value in now.items()]
-        facts[tier] = {**_plain(counts), **room, **now}
+        moving = prices.under_way(tier), prices.fetch_ms(tier, 1 << 20)
+        gauges = {**rooms[tier]._asdict(), **dict(zip(_NOW, moving, strict=True))}
+        samples += [Sample(f"kv_{name}", float(value), (tier,)) for name, value in gauges.items()]
+        facts[tier] = {**_plain(counts), **gauges}
     return Report(samples, {"tiers": facts})
 
 

@@ -11,7 +11,7 @@ HEADINGS = (
     "server", "tier", "size", "used", "hits, tokens", "refused", "missed", "late", "fetched", "at",
     "stored", "at", "skipped", "evicted", "errors",
 )  # fmt: skip
-_TOKENS = ("won_tokens", "refused_tokens", "missed_tokens")
+_LOOKED_FOR = ("won_tokens", "refused_tokens", "missed_tokens", "late")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _NONE = "-"
 
@@ -81,8 +81,7 @@ def _tier(tier: str, counts: Mapping[str, float]) -> tuple[str, ...]:
         tier,
         _bytes(size) if size else _NONE,
         f"{_bytes(used)}, {used / size:.0%}" if size else _bytes(used),
-        *(f"{counts[name]:,.0f}" for name in _TOKENS),
-        f"{counts['late']:,.0f}",
+        *(f"{counts[name]:,.0f}" for name in _LOOKED_FOR),
         _bytes(counts["fetched_bytes"]),
         _speed(counts["fetched_bytes"], counts["fetch_s"]),
         _bytes(counts["stored_bytes"]),

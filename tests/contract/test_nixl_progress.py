@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from xllm_plugins.compat import inspect_seam
+from xllm_kv.connector import _calm_nixl
+from xllm_plugins.compat import inspect_seam, nixl_progress
 
 pytestmark = pytest.mark.vllm
 
@@ -36,6 +37,23 @@ def cpu_seconds(*, waits: bool) -> float:
 def test_the_seam_holds() -> None:
     report = inspect_seam("nixl_progress")
     assert report.holds, report.reason
+
+
+@pytest.mark.parametrize(
+    ("names", "asked"),
+    [
+        (["NixlConnector"], 1),
+        (["TiersConnector"], 0),
+        (["TiersConnector", "NixlConnector"], 1),
+    ],
+)
+def test_our_connector_asks_for_it_where_it_has_nixl(
+    names: list[str], asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(nixl_progress, "wait_for_events", lambda: calls.append(None))
+    _calm_nixl([{"kv_connector": name} for name in names])
+    assert len(calls) == asked
 
 
 def test_an_idle_agent_takes_no_core() -> None:

@@ -69,10 +69,10 @@ def test_each_target_installs_extras_that_exist_and_keeps_what_its_base_has() ->
     assert len(installs) == len(bases) - 1
     for line in installs:
         listed, installed = (one.strip() for one in line.split("&&")[:2])
-        assert listed == "python3 -m pip list --format=freeze >/tmp/base.txt"
+        assert listed == "python3 -m pip list --format=freeze >/usr/src/base.txt"
         words = shlex.split(installed)
-        assert words[words.index("--constraint") + 1] == "/tmp/base.txt"
-        extras = re.fullmatch(r"/tmp/xllm\[([\w,]+)\]", words[-1])
+        assert words[words.index("--constraint") + 1] == "/usr/src/base.txt"
+        extras = re.fullmatch(r"/usr/src/xllm\[([\w,]+)\]", words[-1])
         assert extras is not None
         assert set(extras[1].split(",")) <= set(PROJECT["project"]["optional-dependencies"])
 

@@ -31,32 +31,11 @@ WAIT_S = 60.0  # for what takes a moment, on however busy a machine
 MODEL = "stub"
 
 
-class Engine(StubEngine):
-    """One that has a status.
-
-    Attributes:
-        status: that it tells; None where it has none.
-    """
-
-    status: dict[str, Any] | None = None
-
-    def app(self) -> web.Application:
-        """Its routes."""
-        app = super().app()
-        app.router.add_get("/xllm/v1/status", self._status)
-        return app
-
-    async def _status(self, request: web.Request) -> web.Response:
-        if self.status is None:
-            raise web.HTTPNotFound
-        return web.json_response(self.status)
-
-
 @dataclass
 class Stub:
     """A stand-in engine that answers."""
 
-    engine: Engine
+    engine: StubEngine
     url: str
     runner: web.AppRunner
 
@@ -145,7 +124,7 @@ async def stub() -> AsyncIterator[Stubs]:
         async def start(
             token_ms: float = 0.0, prompt_ms: float = 0.0, port: int = 0, key: str = ""
         ) -> Stub:
-            engine = Engine(MODEL, token_ms, prompt_ms, key)
+            engine = StubEngine(MODEL, token_ms, prompt_ms, key)
             runner = web.AppRunner(engine.app(), shutdown_timeout=0.1, handler_cancellation=True)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
