@@ -24,8 +24,8 @@ from xllm_kv.tiers.block_format import BlockError
 from xllm_kv.tiers.identity import identity
 
 _READERS = 2
-_IN_FLIGHT = 0.5  # of host memory, of which no more is begun to be read or written
 _LOADS, _STORES = True, False
+_IN_FLIGHT = {_LOADS: 0.5, _STORES: 0.75}  # of host memory, beyond which no more is begun
 logger = logging.getLogger("vllm.xllm_kv")
 
 
@@ -57,7 +57,8 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]
     ) -> None:
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         self._memory = primary_kv_view.cast("B")
-        self._most_in_flight = int(self._memory.nbytes * _IN_FLIGHT)
+        size = self._memory.nbytes
+        self._most_under_way = {way: int(size * share) for way, share in _IN_FLIGHT.items()}
         self._prices: Prices = offloading_spec.prices
         self._identity = b""
         self._readers = ThreadPoolExecutor(_READERS, "xllm-kv-read")
@@ -104,7 +105,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]
         return self._under_way[_LOADS] > 0
 
     def _accepts(self, *, promotions: bool) -> bool:
-        return self._under_way[promotions] < self._most_in_flight
+        return self._under_way[promotions] < self._most_under_way[promotions]
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         """See vLLM's class; what comes faster than it can be written is not kept here."""
