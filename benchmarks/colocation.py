@@ -3,6 +3,10 @@
 Real servers, one after the other, each with the same requests in a round:
 
     python -m benchmarks.colocation --requests 400 --rounds 4
+
+and with speculation too, on text that repeats:
+
+    python -m benchmarks.colocation --scenario tasks --systems xllm xllm-drafts
 """
 
 from __future__ import annotations
@@ -44,11 +48,12 @@ class Scenario:
     rate: float = 0.5
     words: tuple[int, int] = (40, 160)
     bursts: Bursts | None = None
+    tasks: bool = False
     server_args: tuple[str, ...] = ()
 
     def load(self, requests: int, *, with_offline: bool) -> Load:
         """The measured load of one round."""
-        online = OnlineLoad(requests, self.rate, self.words, bursts=self.bursts)
+        online = OnlineLoad(requests, self.rate, self.words, bursts=self.bursts, tasks=self.tasks)
         return Load(online, OFFLINE if with_offline else None)
 
 
@@ -69,6 +74,7 @@ SCENARIOS = {
         server_args=("--num-gpu-blocks-override", "44"),
     ),
     "tight-slo": Scenario("TTFT 0.8 s, TPOT 80 ms", slo=Slo(ttft_ms=800, tpot_ms=80)),
+    "tasks": Scenario("tasks of which some repeat their prompt, at 0.5 requests/s", tasks=True),
     "no-chunked": Scenario("whole prompts only", server_args=("--no-enable-chunked-prefill",)),
 }
 
@@ -91,17 +97,28 @@ def _priority_args(_slo: Slo) -> tuple[str, ...]:
 
 
 def _xllm_args(slo: Slo) -> tuple[str, ...]:
-    config = {"scheduler": {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms}}
+    return _configured({"scheduler": {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms}})
+
+
+def _drafts_args(slo: Slo) -> tuple[str, ...]:
+    scheduler = {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms}
+    return _configured({"scheduler": scheduler, "spec_decode": {"mode": "auto"}})
+
+
+def _configured(config: Json) -> tuple[str, ...]:
     return ("--plugins", "xllm", "--xllm-config", json.dumps(config))
 
 
-ALONE, FCFS = "online-alone", "vllm-fcfs"
+ALONE, FCFS, DRAFTS = "online-alone", "vllm-fcfs", "xllm-drafts"
+OURS_OFFLINE = {"vllm_xargs": {"xllm_class": "offline"}}
 SYSTEMS = {
     ALONE: System(_no_args, {}, with_offline=False),
     FCFS: System(_no_args, {}),
     "vllm-priority": System(_priority_args, {"priority": 1}),
-    "xllm": System(_xllm_args, {"vllm_xargs": {"xllm_class": "offline"}}),
+    "xllm": System(_xllm_args, OURS_OFFLINE),
+    DRAFTS: System(_drafts_args, OURS_OFFLINE),
 }
+DEFAULT = [name for name in SYSTEMS if name != DRAFTS]
 
 
 def measure(
@@ -217,7 +234,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=400, help="online requests of each system")
     parser.add_argument("--rounds", type=int, default=4, help="rounds that they are spread over")
     parser.add_argument("--scenario", choices=SCENARIOS, default="base")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=DEFAULT)
     parser.add_argument("--ttft-ms", type=float, help="instead of the scenario's")
     parser.add_argument("--tpot-ms", type=float, help="instead of the scenario's")
     parser.add_argument("--seed", type=int, default=0)

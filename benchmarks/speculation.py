@@ -31,6 +31,7 @@ from benchmarks.lab.early_exit import prepare_early_exit
 from benchmarks.lab.machine import OthersMeter
 from benchmarks.lab.model import ROOT, prepare_smollm2
 from benchmarks.lab.server import cpu_environment
+from benchmarks.lab.workload import TASKS
 
 BATCHES, QUICK_BATCHES = (1, 4, 16, 48), (1, 4)
 TOKENS, QUICK_TOKENS = 128, 32
@@ -49,45 +50,8 @@ SYSTEMS: Mapping[str, Mapping[str, Any]] = {
 }
 MOST_DRAFTED = 6
 FIXED = {f"draft {k}": k for k in range(1, MOST_DRAFTED + 1)}
-WORDS = ("river", "stone", "cloud", "bridge", "window", "garden", "letter", "market", "winter")
-
-
-def code_editing(rng: random.Random) -> str:
-    """A file to be given back with one name changed."""
-    names = rng.sample(WORDS, 4)
-    file = "\n".join(f"def {n}(width, height):\n    return width * height\n" for n in names)
-    return f"Rename {names[0]} to area in this file and print the whole file:\n\n{file}"
-
-
-def summarising(rng: random.Random) -> str:
-    """A text to be summarised."""
-    text = " ".join(
-        f"The {rng.choice(WORDS)} near the {rng.choice(WORDS)} is old." for _ in range(20)
-    )
-    return f"Summarise in two sentences:\n\n{text}"
-
-
-def open_chat(rng: random.Random) -> str:
-    """A story to be told."""
-    return f"Tell me a story about a {rng.choice(WORDS)} and a {rng.choice(WORDS)}."
-
-
-def extraction(rng: random.Random) -> str:
-    """One schema to be filled from a sentence."""
-    return (
-        'Answer with JSON like {"name": "", "city": "", "age": 0} only. Text: '
-        f"{rng.choice(WORDS).title()} is {rng.randrange(20, 80)} and lives in {rng.choice(WORDS)}."
-    )
-
-
-def agent_loop(rng: random.Random) -> str:
-    """A tool's output that repeats, to be repeated."""
-    lines = "\n".join(f"-rw-r--r-- root {rng.choice(WORDS)}.txt" for _ in range(12))
-    return f"$ ls\n{lines}\n$ ls\n{lines}\nList the files again, in the same form."
-
-
-WORKLOADS = (code_editing, summarising, open_chat, extraction, agent_loop)
 Cell = tuple[str, int]
+Measured = Mapping[str, Mapping[Cell, Sequence[float]]]
 
 
 def options_of(system: str, draft: int | None) -> Mapping[str, Any]:
@@ -120,18 +84,23 @@ def child(system: str, quick: bool, draft: int | None) -> None:
     )
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
 
-    def answer(prompts: Sequence[str]) -> tuple[float, list[str]]:
+    def answer(prompts: Sequence[str]) -> tuple[float, float, list[str]]:
+        """Seconds for all, median TPOT in ms, and texts."""
         chats: Any = [[{"role": "user", "content": prompt}] for prompt in prompts]
         start_s = time.monotonic()
-        answers = llm.chat(chats, params, use_tqdm=False)
-        return time.monotonic() - start_s, [one.outputs[0].text for one in answers]
+        answers: Any = llm.chat(chats, params, use_tqdm=False)
+        took_s = time.monotonic() - start_s
+        times = [one.metrics for one in answers]
+        after_first_s = statistics.median(t.last_token_ts - t.first_token_ts for t in times)
+        texts = [one.outputs[0].text for one in answers]
+        return took_s, after_first_s / (tokens - 1) * 1e3, texts
 
     answer(["Count to one hundred."])
-    for workload in WORKLOADS:
+    for workload in TASKS:
         for batch in QUICK_BATCHES if quick else BATCHES:
             rng = random.Random(f"{workload.__name__} {batch}")
-            took_s, texts = answer([workload(rng) for _ in range(batch)])
-            found.append([workload.__name__, batch, batch * tokens / took_s, texts])
+            took_s, tpot_ms, texts = answer([workload(rng) for _ in range(batch)])
+            found.append([workload.__name__, batch, batch * tokens / took_s, tpot_ms, texts])
     counts = {one.name: one for one in llm.get_metrics()}
     drafts: Any = counts.get("vllm:spec_decode_num_drafts")
     right: Any = counts.get("vllm:spec_decode_num_accepted_tokens_per_pos")
@@ -162,6 +131,27 @@ def measured(system: str, quick: bool, python: str, draft: int | None) -> dict[s
     return found
 
 
+def claims(rates: Measured) -> list[str]:
+    """Tokens per second of ours in ratios to others', a line for each."""
+    lines, fixed = [], [system for system in rates if system not in ("none", "ours")]
+    against = {"none": ["none"], f"the best of {', '.join(fixed)}": fixed}
+    for name, systems in against.items():
+        if "ours" not in rates or not systems or not rates.keys() >= set(systems):
+            continue
+        ratios = {
+            cell: statistics.median(ours)
+            / max(statistics.median(rates[system][cell]) for system in systems)
+            for cell, ours in rates["ours"].items()
+        }
+        mean = statistics.geometric_mean(ratios.values())
+        worst = min(ratios, key=ratios.__getitem__)
+        lines.append(
+            f"ours to {name}: {mean:.3f} (geometric mean), "
+            f"at worst {ratios[worst]:.3f} ({worst[0]}, batch {worst[1]})"
+        )
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints and saves; status 1 where answers differ."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -183,7 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.suffix_python and "suffix" not in systems:
         systems.insert(-1, "suffix")
     others = OthersMeter()
-    rates: dict[tuple[str, Cell], list[float]] = {}
+    rates: dict[str, dict[Cell, list[float]]] = {}
+    tpots: dict[str, dict[Cell, list[float]]] = {}
     answers: dict[Cell, list[str]] = {}
     survival: dict[str, list[float]] = {}
     differing = set()
@@ -192,19 +183,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             python = (args.suffix_python if system == "suffix" else None) or sys.executable
             found = measured(system, args.quick, python, args.draft)
             survival[system] = found["survival"]
-            for workload, batch, rate, texts in found["cells"]:
+            for workload, batch, rate, tpot_ms, texts in found["cells"]:
                 cell = (workload, batch)
-                rates.setdefault((system, cell), []).append(rate)
+                rates.setdefault(system, {}).setdefault(cell, []).append(rate)
+                tpots.setdefault(system, {}).setdefault(cell, []).append(tpot_ms)
                 if answers.setdefault(cell, texts) != texts:
                     differing.add((system, cell))
-    table = Table("workload", "batch", *(f"{system}, tok/s" for system in systems), "answers")
+    table = Table("workload", "batch", *(f"{system}, tok/s" for system in systems), "TPOT, ms")
+    table.add_column("answers")
     for cell in answers:
-        row = [f"{statistics.median(rates[system, cell]):.0f}" for system in systems]
-        same = [system for system in systems if (system, cell) in differing]
-        table.add_row(cell[0], str(cell[1]), *row, f"{', '.join(same)} differ" if same else "same")
-    Console(width=120).print(table)
-    Console().print(f"CPU time that others took: {others.share():.0%}")
-    saved = {f"{s} {w} {b}": values for (s, (w, b)), values in rates.items()}
+        row = [f"{statistics.median(rates[system][cell]):.0f}" for system in systems]
+        row.append(" ".join(f"{statistics.median(tpots[system][cell]):.0f}" for system in systems))
+        different = [system for system in systems if (system, cell) in differing]
+        row.append(f"{', '.join(different)} differ" if different else "same")
+        table.add_row(cell[0], str(cell[1]), *row)
+    console = Console(width=140)
+    console.print(table)
+    console.print(f"CPU time that others took: {others.share():.0%}")
+    for line in claims(rates):
+        console.print(line)
+    saved = {f"{s} {w} {b}": got for s, cells in rates.items() for (w, b), got in cells.items()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"tokens_s": saved, "survival": survival}, indent=1))
     return 1 if differing else 0

@@ -23,6 +23,43 @@ thunder ticket tiger together travel tree turtle uncle under valley village visi
 water weather welcome west wheel white window winter wonder wood world yellow young
 """
 WORDS = tuple(_TEXT.split())
+_THINGS = ("river", "stone", "cloud", "bridge", "window", "garden", "letter", "market", "winter")
+
+
+def code_editing(rng: random.Random) -> str:
+    """A file to be given back with one name changed."""
+    names = rng.sample(_THINGS, 4)
+    file = "\n".join(f"def {n}(width, height):\n    return width * height\n" for n in names)
+    return f"Rename {names[0]} to area in this file and print the whole file:\n\n{file}"
+
+
+def summarising(rng: random.Random) -> str:
+    """A text to be summarised."""
+    text = " ".join(
+        f"The {rng.choice(_THINGS)} near the {rng.choice(_THINGS)} is old." for _ in range(20)
+    )
+    return f"Summarise in two sentences:\n\n{text}"
+
+
+def open_chat(rng: random.Random) -> str:
+    """A story to be told."""
+    return f"Tell me a story about a {rng.choice(_THINGS)} and a {rng.choice(_THINGS)}."
+
+
+def extraction(rng: random.Random) -> str:
+    """One schema to be filled from a sentence."""
+    name, age, city = rng.choice(_THINGS).title(), rng.randrange(20, 80), rng.choice(_THINGS)
+    schema = '{"name": "", "city": "", "age": 0}'
+    return f"Answer with JSON like {schema} only. Text: {name} is {age} and lives in {city}."
+
+
+def agent_loop(rng: random.Random) -> str:
+    """A tool's output that repeats, to be repeated."""
+    lines = "\n".join(f"-rw-r--r-- root {rng.choice(_THINGS)}.txt" for _ in range(12))
+    return f"$ ls\n{lines}\n$ ls\n{lines}\nList the files again, in the same form."
+
+
+TASKS = (code_editing, summarising, open_chat, extraction, agent_loop)
 
 
 @dataclass(frozen=True)
@@ -44,6 +81,8 @@ class OnlineLoad:
     words: tuple[int, int] = (40, 160)
     max_tokens: tuple[int, int] = (16, 64)
     bursts: Bursts | None = None
+    tasks: bool = False
+    """Ask one of `TASKS` each time in place of random words."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +109,8 @@ def online_asks(load: OnlineLoad, seed: int) -> list[tuple[float, Ask]]:
     at_s = 0.0
     for _ in range(load.requests):
         at_s = _next_arrival(load, at_s, rng)
-        ask = Ask(_prompt(rng, rng.randint(*load.words)), rng.randint(*load.max_tokens))
-        timed.append((at_s, ask))
+        prompt = rng.choice(TASKS)(rng) if load.tasks else _prompt(rng, rng.randint(*load.words))
+        timed.append((at_s, Ask(prompt, rng.randint(*load.max_tokens))))
     return timed
 
 

@@ -23,6 +23,7 @@ from benchmarks.lab.workload import (
     offline_backlog,
     online_asks,
 )
+from benchmarks.speculation import claims
 
 SLO = Slo(ttft_ms=1000, tpot_ms=100)
 
@@ -156,6 +157,33 @@ def test_prompts_and_answers_are_as_long_as_the_load_says() -> None:
     asks = [ask for _, ask in online_asks(OnlineLoad(requests=200, rate=1.0), seed=0)]
     assert {40 <= len(ask.prompt.split()) <= 160 for ask in asks} == {True}
     assert {16 <= ask.max_tokens <= 64 for ask in asks} == {True}
+
+
+def test_tasks_are_asked_for_by_a_seed() -> None:
+    load = OnlineLoad(requests=60, rate=1.0, tasks=True)
+    prompts = [ask.prompt for _, ask in online_asks(load, seed=0)]
+    assert prompts == [ask.prompt for _, ask in online_asks(load, seed=0)]
+    assert {prompt.split()[0] for prompt in prompts} == {
+        "Rename",
+        "Summarise",
+        "Tell",
+        "Answer",
+        "$",
+    }
+
+
+def test_speculation_is_held_against_the_best_of_the_others_in_every_cell() -> None:
+    cells = [("chat", 1), ("chat", 4)]
+    speeds = {"none": (10, 20), "ngram": (5, 40), "suffix": (20, 10), "ours": (20, 80)}
+    rates = {
+        system: {cell: [float(speed)] for cell, speed in zip(cells, both, strict=True)}
+        for system, both in speeds.items()
+    }
+    assert claims(rates) == [
+        "ours to none: 2.828 (geometric mean), at worst 2.000 (chat, batch 1)",
+        "ours to the best of ngram, suffix: 1.414 (geometric mean), at worst 1.000 (chat, batch 1)",
+    ]
+    assert claims({"none": rates["none"]}) == []
 
 
 def test_arrivals_keep_the_rate_inside_and_outside_bursts() -> None:
