@@ -162,10 +162,14 @@ class Prices:
     def ended(self, tier: str, kv_bytes: int, took_s: float, *, ok: bool = True) -> None:
         """Note that a fetch has ended, and learn from it."""
         self._under_way[tier] = max(0, self._under_way[tier] - kv_bytes)
+        if ok:
+            self.learn(tier, kv_bytes, took_s)
+        else:
+            self.counts[tier].errors += 1
+
+    def learn(self, tier: str, kv_bytes: int, took_s: float) -> None:
+        """Learn from a fetch that has ended, or one of a block that nobody waited for."""
         counts = self.counts[tier]
-        if not ok:
-            counts.errors += 1
-            return
         counts.fetched_bytes += kv_bytes
         counts.fetch_s += took_s
         self._late.discard(tier)

@@ -108,7 +108,6 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
         self._ranks = reuse is not None
         self._reuse = reuse if reuse is not None else Reuse(capacity)
         self._asked: dict[str, _Asked] = {}
-        self._probed: dict[str, tuple[OffloadKey, ReqContext]] = {}
         self._expected: dict[str, Wanted] = {}
         self._ahead: Counter[str] = Counter()  # bytes, by request
 
@@ -147,8 +146,7 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
             self.prices.missed(runs, len(chain[wanted.first :]) * wanted.chunk_tokens)
         asked.fetched = set(chain[wanted.first : wanted.first + chunks])
         asked.patience_s = float("inf") if self._stop is Stop.WAIT else fetch.deadline_ms / 1e3
-        if fetch.probe is not None:
-            self._probe(asked, wanted, runs, fetch.probe)
+        self._probe(fetch.probe, wanted, runs)
 
     def _used(self, asked: _Asked, wanted: Wanted) -> None:
         if asked.counted:
@@ -183,12 +181,12 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
                 return str(tier.tier_type), found
         return None, found
 
-    def _probe(self, asked: _Asked, wanted: Wanted, runs: Sequence[Run], tier: str) -> None:
+    def _probe(self, refused: str | None, wanted: Wanted, runs: Sequence[Run]) -> None:
         """Fetch one chunk of a tier that was refused, with nobody waiting for it."""
-        for key, run in zip(wanted.chains[0][wanted.first :], runs, strict=False):
-            if run.tier == tier:
-                self._probed[asked.context.req_id] = (key, asked.context)
-                return
+        for tier in self._inner.secondary_tiers:
+            if tier.tier_type == refused:
+                held = zip(wanted.chains[0][wanted.first :], runs, strict=False)
+                tier.probe(next(key for key, run in held if run.tier == refused))
 
     def _forget(self, req_id: str) -> None:
         """A request waits no longer."""
@@ -209,8 +207,7 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
         self._used(asked, wanted)
         runs, known = self._runs(asked, wanted)
         fetch = self.prices.choose(runs, wanted.prefill_ms, self._clock(), counted=False)
-        if fetch.probe is not None:
-            self._probe(asked, wanted, runs, fetch.probe)
+        self._probe(fetch.probe, wanted, runs)
         chunks = -(-fetch.tokens // wanted.chunk_tokens)
         chain = wanted.chains[0][wanted.first : wanted.first + chunks]
         behind = [pair for pair in zip(chain, runs, strict=False) if pair[1].tier != HOST]
@@ -231,12 +228,6 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
             kv_bytes += run.kv_bytes
             self.prices.counts[run.tier].prefetched_bytes += run.kv_bytes
         return kv_bytes
-
-    def _look(self) -> None:
-        """Look for what is probed, which a tier may take a while to answer."""
-        for req_id, (key, context) in list(self._probed.items()):
-            if self._inner.lookup(key, context) is not LookupResult.RETRY:
-                del self._probed[req_id]
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """See vLLM's class; what is not worth its fetch, or late, is missed."""
@@ -296,7 +287,6 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
     def on_request_finished(self, req_context: ReqContext) -> None:
         """See vLLM's class."""
         self._asked.pop(req_context.req_id, None)
-        self._probed.pop(req_context.req_id, None)
         self._forget(req_context.req_id)
         self._inner.on_request_finished(req_context)
 
@@ -329,7 +319,6 @@ class GatedManager(OffloadingManager):  # type: ignore[misc]
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """See vLLM's class."""
         self._reuse.unpin(self._clock())
-        self._look()
         self._prefetch()
         self._inner.on_schedule_end(context)
 

@@ -66,6 +66,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]
         self._jobs: dict[Future[_Done], tuple[TransferJob, float]] = {}
         self._under_way = {_LOADS: 0, _STORES: 0}  # bytes
         self._skipped: list[TransferJob] = []
+        self._probing: Future[float | None] | None = None
         wants_events = offloading_spec.kv_events_config.enable_kv_cache_events
         self._events: list[OffloadingEvent] | None = [] if wants_events else None
         self._complained = False
@@ -119,6 +120,23 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]
         self._prices.began(self.tier_type, len(job_metadata.keys) * self.block_size_bytes)
         self._submit(self._readers, job_metadata, self._read)
 
+    def probe(self, key: OffloadKey) -> None:
+        """Read a chunk with nobody waiting, to see how long it takes; loads tell that as well."""
+        if self._probing is None and not self._under_way[_LOADS]:
+            self._probing = self._readers.submit(self._read_for_nobody, key)
+
+    def _read_for_nobody(self, key: OffloadKey) -> float | None:
+        """Runs in a thread; how long it took, s, or None if the chunk could not be read."""
+        began_s = time.monotonic()
+        try:
+            self._get(key, memoryview(bytearray(self.block_size_bytes)))
+        except BlockError:
+            return None
+        except self.failures as error:
+            self._failed(error)
+            return None
+        return time.monotonic() - began_s
+
     def _submit(self, pool: ThreadPoolExecutor, job: TransferJob, call: Any) -> None:
         self._under_way[job.is_promotion] += len(job.keys) * self.block_size_bytes
         self._jobs[pool.submit(call, job)] = (job, time.monotonic())
@@ -156,6 +174,10 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         """See vLLM's class."""
+        if self._probing is not None and self._probing.done():
+            took_s, self._probing = self._probing.result(), None
+            if took_s is not None:
+                self._prices.learn(self.tier_type, self.block_size_bytes, took_s)
         skipped, self._skipped = self._skipped, []
         for job in skipped:
             self._prices.counts[self.tier_type].skipped += len(job.keys)
