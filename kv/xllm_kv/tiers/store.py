@@ -63,7 +63,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]
         self._identity = b""
         self._readers = ThreadPoolExecutor(_READERS, "xllm-kv-read")
         self._writer = ThreadPoolExecutor(1, "xllm-kv-write")
-        self._jobs: dict[Future[_Done], tuple[TransferJob, float]] = {}
+        self._jobs: dict[Future[tuple[_Done, float]], TransferJob] = {}
         self._under_way = {_LOADS: 0, _STORES: 0}  # bytes
         self._skipped: list[TransferJob] = []
         self._probing: Future[float | None] | None = None
@@ -139,7 +139,12 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]
 
     def _submit(self, pool: ThreadPoolExecutor, job: TransferJob, call: Any) -> None:
         self._under_way[job.is_promotion] += len(job.keys) * self.block_size_bytes
-        self._jobs[pool.submit(call, job)] = (job, time.monotonic())
+        began_s = time.monotonic()
+
+        def run() -> tuple[_Done, float]:
+            return call(job), time.monotonic() - began_s  # the engine may ask a long step later
+
+        self._jobs[pool.submit(run)] = job
 
     def _write(self, job: TransferJob) -> _Done:
         """Runs in a thread; the keys that were written."""
@@ -183,10 +188,9 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]
             self._prices.counts[self.tier_type].skipped += len(job.keys)
             yield JobResult(job.job_id, False, None, 0.0, 0)
         for future in [future for future in self._jobs if future.done()]:
-            job, began_s = self._jobs.pop(future)
-            took_s = time.monotonic() - began_s
+            job = self._jobs.pop(future)
             self._under_way[job.is_promotion] -= len(job.keys) * self.block_size_bytes
-            done = future.result()
+            done, took_s = future.result()
             if done.error is not None:
                 self._failed(done.error)
             if job.is_promotion:

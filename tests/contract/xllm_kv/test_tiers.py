@@ -34,6 +34,7 @@ from tests.contract.xllm_kv.harness import (
 )
 from xllm_kv.config import Admission, Stop
 from xllm_kv.report import Room
+from xllm_kv.tiers import store
 from xllm_kv.tiers.block_file import read_block
 from xllm_kv.tiers.manager import HOST
 from xllm_kv.tiers.spec import TiersSpec
@@ -294,4 +295,23 @@ def test_a_fetch_that_takes_long(
     assert engine.manager.prices.counts["DiskTier"].late == late
     # It has come in the meantime, and lies in host memory.
     assert engine.found(engine.request("c", [1]), 1) == [HIT]
+    engine.closes()
+
+
+def test_a_fetch_has_taken_no_longer_because_the_engine_was_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine("busy", **disk(tmp_path))
+    engine.keeps(engine.request("a", [1]), [1])
+    engine.settled()
+    engine.manager.reset_cache()
+    clock = SimpleNamespace(s=0.0)
+    monkeypatch.setattr(store, "time", SimpleNamespace(monotonic=lambda: clock.s))
+    assert engine.manager.lookup(key(1), engine.request("b", [1])) is PENDING
+    engine.manager.on_schedule_end(END)
+    engine.manager._inner.secondary_tiers[0].drain_jobs()
+    clock.s = 60.0  # a step that computes prompts
+    engine.settled()
+    counts = engine.manager.prices.counts["DiskTier"]
+    assert (counts.fetched_bytes, counts.fetch_s) == (CHUNK, 0.0)
     engine.closes()
