@@ -177,7 +177,8 @@ def small_disk() -> Iterator[tuple[Path, bool]]:
         mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", folder]
         full = subprocess.run(mount, capture_output=True).returncode == 0
         if full:
-            stack.callback(subprocess.run, ["umount", folder], check=True)
+            # Lazily: the server that has just been stopped may hold a file for a moment more.
+            stack.callback(subprocess.run, ["umount", "--lazy", folder], check=True)
         else:
             print("a small file system cannot be mounted: the disk is never full")
         yield Path(folder), full
