@@ -11,7 +11,6 @@ one to its prompt, which was computed:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import http.client
 import json
 import os
@@ -197,7 +196,7 @@ def main() -> int:
     outcome = Outcome()
     run(options.faults, options.killed_every, options.seed, outcome)
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(dataclasses.asdict(outcome), indent=1) + "\n")
+    options.json.write_text(json.dumps(vars(outcome), indent=1) + "\n")
     for name, number in sorted(outcome.faults.items()):
         print(f"{number:4} {name}")
     for tier in (DISK, STORE):
