@@ -14,13 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xllm_spec_decode.compiled import Parts, compiled
-from xllm_spec_decode.drafters import LONGEST_MATCH, Drafts, Ints, Rows, Tokens
+from xllm_spec_decode.drafters import (
+    AGREED,
+    DISPUTED,
+    LONGEST_MATCH,
+    Drafts,
+    Ints,
+    Rows,
+    Tokens,
+)
 
 Floats = NDArray[np.float64]
 # The prior chance of a token by how many agreed before it: 2, 3, 4 and 5, to 8, to 16, more.
 _BOUNDS = (3, 4, 6, 9, 17)
 _PRIOR = (0.3, 0.4, 0.5, 0.65, 0.75, 0.85)
 _PRIOR_TRIES = 8.0
+_VOTES = 3
+_AGREED, _DISPUTED = 0.5, 0.5  # of what is missing to certainty, that an agreed token has too; of
+# its chance, what a disputed one keeps
 _LATER_BONUS = 0.15  # by which a token's chance rises once the one before was right
 _MEMORY = 0.998  # weight of a try after one more
 _OWN_MEMORY = 0.96  # the same of one request,
@@ -29,10 +40,10 @@ _MOST_CHANCE = 0.98
 
 
 class _Estimates(NamedTuple):
-    """What is known; ``d`` drafters, ``m`` lengths of match, ``k`` positions, ``s`` slots.
+    """What is known; ``d`` drafters, ``m`` matches and votes, ``k`` positions, ``s`` slots.
 
     Attributes:
-        group: ``[LONGEST_MATCH + 1]``, the ``m`` of each length of match.
+        group: ``[LONGEST_MATCH + 1]``, the ``m`` of each length of match; more by a token's vote.
         hits, tries: ``[d, m, k]``, decayed: tokens that were right, once those before them were.
         own_hits, own_expected: ``[s, d, 2]``, a request's right tokens, and what was expected of
             them; first tokens of drafts and later ones apart, for later ones are those of drafts
@@ -40,7 +51,7 @@ class _Estimates(NamedTuple):
         tokens: ``[s, d, k]``, the draft that is being held against the text.
         begin: ``[s, d]``, the length of the text that it follows.
         length: ``[s, d]``, its tokens, 0 for none.
-        match: ``[s, d]``, its group.
+        match: ``[s, d, k]``, the ``m`` of each.
         done: ``[s, d]``, tokens of it that were right so far.
     """
 
@@ -82,8 +93,9 @@ class Best(NamedTuple):
 class Acceptance:
     """Estimates the chance of every token of a draft.
 
-    By drafter, length of match and position: the decayed share of right tokens with a prior, all
-    requests together. Times what the request's own record is to what was expected of it.
+    By drafter, length of match, vote of other places and position: the decayed share of right
+    tokens with a prior, all requests together. Times what the request's own record is to what was
+    expected of it.
 
     Args:
         drafters: their number.
@@ -92,21 +104,23 @@ class Acceptance:
     """
 
     def __init__(self, drafters: int, slots: int, most: int) -> None:
-        groups = len(_PRIOR)
-        prior = np.repeat(np.array(_PRIOR)[None, :, None], most, axis=2).repeat(drafters, axis=0)
+        prior = np.repeat(_prior()[None, :, None], most, axis=2).repeat(drafters, axis=0)
         prior[:, :, 1:] = np.minimum(prior[:, :, 1:] + _LATER_BONUS, 0.9)
-        pairs = (slots, drafters)
+        pairs, groups = (
+            (slots, drafters),
+            np.searchsorted(_BOUNDS, range(LONGEST_MATCH + 1), "right"),
+        )
         self._chances = np.zeros(most)
         self._estimates = _Estimates(
-            group=np.searchsorted(_BOUNDS, np.arange(LONGEST_MATCH + 1), "right").astype(np.int64),
+            group=groups.astype(np.int64) * _VOTES,
             hits=prior * _PRIOR_TRIES,
-            tries=np.full((drafters, groups, most), _PRIOR_TRIES),
+            tries=np.full_like(prior, _PRIOR_TRIES),
             own_hits=np.full((*pairs, 2), _OWN_PRIOR),
             own_expected=np.full((*pairs, 2), _OWN_PRIOR),
             tokens=np.zeros((*pairs, most), np.int32),
             begin=np.zeros(pairs, np.int64),
             length=np.zeros(pairs, np.int64),
-            match=np.zeros(pairs, np.int64),
+            match=np.zeros((*pairs, most), np.int64),
             done=np.zeros(pairs, np.int64),
         )
 
@@ -140,6 +154,14 @@ class Acceptance:
         return [float(chance) for chance in hits / tries]
 
 
+def _prior() -> Floats:
+    """By length of match and vote."""
+    prior = np.repeat(np.array(_PRIOR)[:, None], _VOTES, axis=1)
+    prior[:, AGREED] += _AGREED * (1.0 - prior[:, AGREED])
+    prior[:, DISPUTED] *= _DISPUTED
+    return prior.reshape(-1)
+
+
 @compiled
 def _observe(step: Parts, learned: Parts) -> None:
     rows, known = Rows(*step), _Estimates(*learned)
@@ -151,7 +173,7 @@ def _observe(step: Parts, learned: Parts) -> None:
                 place = known.begin[slot, d] + k
                 if place >= rows.lengths[i]:
                     break
-                m = known.match[slot, d]
+                m = known.match[slot, d, k]
                 right = 1.0 if known.tokens[slot, d, k] == text[place] else 0.0
                 chance = known.hits[d, m, k] / known.tries[d, m, k]
                 own = (slot, d, min(k, 1))
@@ -177,13 +199,14 @@ def _judge(
         length, slot = drafts.lengths[i], rows.slots[i]
         if length == 0:
             continue
-        m = known.group[drafts.matches[i]]
+        group = known.group[drafts.matches[i]]
         own = known.own_hits[slot, d, 0] / known.own_expected[slot, d, 0]
         own_later = known.own_hits[slot, d, 1] / known.own_expected[slot, d, 1]
         chance, expected, expected_best = 1.0, 0.0, 0.0
         for k in range(most):
             expected_best += best.survival[i, k]
             if k < length:
+                m = group + drafts.votes[i, k]
                 chance *= min(_MOST_CHANCE, own * known.hits[d, m, k] / known.tries[d, m, k])
                 own = own_later
                 expected += chance
@@ -198,7 +221,7 @@ def _judge(
         if known.done[slot, d] >= known.length[slot, d]:
             known.begin[slot, d] = rows.lengths[i]
             known.length[slot, d] = length
-            known.match[slot, d] = m
             known.done[slot, d] = 0
             for k in range(length):
                 known.tokens[slot, d, k] = drafts.tokens[i, k]
+                known.match[slot, d, k] = group + drafts.votes[i, k]

@@ -15,6 +15,8 @@ Tokens = NDArray[np.int32]
 LONGEST_MATCH = 32  # tokens of the text's end that are compared
 _CANDIDATES = 16  # places that are looked at for one draft
 _GRAM = 2  # tokens that a place has to share with the text's end to be found
+# What a drafted token is by the other places that went on alike until there:
+ALONE, AGREED, DISPUTED = 0, 1, 2
 
 
 class Rows(NamedTuple):
@@ -46,20 +48,31 @@ class Drafts(NamedTuple):
         tokens: ``[n, most]``.
         lengths: ``[n]``, tokens of each draft, 0 for none.
         matches: ``[n]``, how many tokens of the text's end were found again.
+        votes: ``[n, most]``, for each token ``ALONE``, ``AGREED`` or ``DISPUTED``.
     """
 
     tokens: Tokens
     lengths: Ints
     matches: Ints
+    votes: Ints
 
     @classmethod
     def empty(cls, n: int, most: int) -> Drafts:
         """Room for so many drafts."""
-        return cls(np.zeros((n, most), np.int32), np.zeros(n, np.int64), np.zeros(n, np.int64))
+        tokens, votes = np.zeros((n, most), np.int32), np.zeros((n, most), np.int64)
+        return cls(tokens, np.zeros(n, np.int64), np.zeros(n, np.int64), votes)
 
     def head(self, n: int) -> Drafts:
         """The first ones."""
-        return Drafts(self.tokens[:n], self.lengths[:n], self.matches[:n])
+        return Drafts(self.tokens[:n], self.lengths[:n], self.matches[:n], self.votes[:n])
+
+
+@compiled
+def vote(agreeing: int, asked: int) -> int:
+    """What a drafted token is if so many of the places asked, its own among them, agree."""
+    if asked < 2:
+        return ALONE
+    return AGREED if agreeing == asked else DISPUTED
 
 
 class Drafter(ABC):
@@ -126,12 +139,13 @@ def _index(step: Parts, newest: Tokens, older: Tokens) -> None:
 def _look_up(step: Parts, newest: Tokens, older: Tokens, room: Parts) -> None:
     rows, drafts = Rows(*step), Drafts(*room)
     window, most = older.shape[1], drafts.tokens.shape[1]
+    places = np.zeros(_CANDIDATES, np.int64)
     for i in range(len(rows.rows)):
         text, slot, end = rows.tokens[rows.rows[i]], rows.slots[i], rows.lengths[i] - 1
         drafts.lengths[i] = 0
         if end < _GRAM:
             continue
-        place, best, best_match = end, -1, _GRAM - 1
+        place, best, best_match, found = end, -1, _GRAM - 1, 0
         for _ in range(_CANDIDATES):
             before = older[slot, place & (window - 1)]
             # A cell that a later place has taken over leads nowhere.
@@ -142,16 +156,26 @@ def _look_up(step: Parts, newest: Tokens, older: Tokens, room: Parts) -> None:
             longest = min(LONGEST_MATCH, place + 1)
             while match < longest and text[place - match] == text[end - match]:
                 match += 1
+            if match >= _GRAM:
+                places[found] = place
+                found += 1
             if match > best_match:
                 best, best_match = place, match
-                if match == LONGEST_MATCH:
-                    break
         if best < 0:
             continue
         for k in range(most):
             source = best + 1 + k
-            drafts.tokens[i, k] = (
-                text[source] if source <= end else drafts.tokens[i, source - end - 1]
-            )
+            token = text[source] if source <= end else drafts.tokens[i, source - end - 1]
+            drafts.tokens[i, k] = token
+            asked, agreeing = 0, 0
+            for j in range(found):
+                follows = places[j] + 1 + k
+                if follows <= end:
+                    asked += 1
+                    if text[follows] == token:
+                        places[agreeing] = places[j]
+                        agreeing += 1
+            drafts.votes[i, k] = vote(agreeing, asked)
+            found = agreeing
         drafts.lengths[i] = most
         drafts.matches[i] = best_match

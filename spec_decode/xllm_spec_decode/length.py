@@ -1,4 +1,4 @@
-"""How far to draft: as long as the next token gains more than the time it takes."""
+"""How far to draft: as long as the next token gains more than the time it takes from all."""
 
 from __future__ import annotations
 
@@ -51,13 +51,15 @@ def draft_lengths(
     budget_ms: float = math.inf,
     most_tokens: int = 1 << 30,
 ) -> Ints:
-    """The lengths of drafts that yield the most tokens per millisecond of the step.
+    """The lengths of drafts with which the requests together get on fastest.
 
-    A step of ``n`` requests yields ``n`` tokens, and with them every drafted token that is right
-    together with those before it. The tokens of all drafts are taken by gain for cost, the best
-    first, while that is above the yield of the step so far. Gains fall along a draft and costs do
-    not, so no token comes before the one that it follows, and where the greedy choice ends the
-    yield is at its maximum; if that is none over a step without drafts, there are none.
+    A step brings a request its own token and every drafted one that is right together with those
+    before it, and takes all requests the same time. What is maximised is the product of their
+    tokens per millisecond (proportional fairness; Kelly, Maulloo, Tan, 1998): where they are alike
+    that is the step's tokens per millisecond, and one whose text repeats does not slow down others
+    by more than it gains itself. The tokens of all drafts are taken by gain for cost, the best
+    first, while that is worth its time. Gains fall along a draft and costs do not, so no token
+    comes before the one that it follows; if all is no better than no drafts, there are none.
 
     Args:
         survival: ``[n, most]``, the chance of a token and all before it; falls along a draft.
@@ -78,18 +80,18 @@ def draft_lengths(
     for k in [1 << i for i in range(most.bit_length())] if model.experts else [1]:
         read_ms = model.experts_ms((k + 1) * n) - model.experts_ms(k * n)
         lengths = np.zeros(n, np.int64)
-        gained, step_ms = _take(
+        tokens, step_ms = _take(
             survival,
             contexts,
             lengths,
             (model.token, model.cross, read_ms / n),
-            (plain_ms, plain_ms + model.square, budget_ms),
+            (plain_ms + model.square, budget_ms),
             most_tokens,
         )
         if model.experts:
             step_ms = model.step_ms(verification(lengths, contexts))
-        if step_ms <= budget_ms and (n + gained) / step_ms >= best:
-            found, best = lengths, (n + gained) / step_ms
+        if step_ms <= budget_ms and tokens / step_ms >= best:
+            found, best = lengths, tokens / step_ms
     return found
 
 
@@ -99,17 +101,21 @@ def _take(
     contexts: Ints,
     lengths: Ints,
     token: tuple[float, float, float],
-    step: tuple[float, float, float],
+    step: tuple[float, float],
     most_tokens: int,
 ) -> tuple[float, float]:
-    """Fill ``lengths`` greedily; the tokens gained, and the time of the step.
+    """Fill ``lengths`` greedily; the step's tokens, and its time.
+
+    A token's gain is held against what its request has already, its cost against the step, which
+    is the product's derivative. The tokens returned are as many as if each request had the
+    geometric mean of all.
 
     The requests play a knockout by what the next token of each gains for its cost, the first of
     equal ones wins; after a token only its request's matches are played again.
     """
     n, most = survival.shape
     token_ms, cross_ms, experts_ms = token
-    plain_ms, start_ms, budget_ms = step
+    start_ms, budget_ms = step
     size = 1
     while size < n:
         size *= 2
@@ -123,19 +129,18 @@ def _take(
     for match in range(size - 1, 0, -1):
         one, other = winner[2 * match], winner[2 * match + 1]
         winner[match] = one if ratio[one] >= ratio[other] else other
-    # Nothing below the yield without drafts can be worth it, since drafts only raise that.
-    least = _CAUTION * n / plain_ms
-    taken, gained, spent_ms = 0, 0.0, 0.0
-    while taken < most_tokens and ratio[winner[1]] > least:
+    own = np.ones(n)
+    taken, spent_ms = 0, 0.0
+    while taken < most_tokens and ratio[winner[1]] > 0.0:
         i = winner[1]
         gain, cost = survival[i, lengths[i]], cost_ms[i]
         step_ms = start_ms + (spent_ms + cost)
-        tokens = n + (gained + gain)
-        if step_ms > budget_ms or gain * (step_ms - cost) <= _CAUTION * (tokens - gain) * cost:
+        if step_ms > budget_ms or gain / own[i] * (step_ms - cost) <= _CAUTION * n * cost:
             break
-        taken, gained, spent_ms = taken + 1, gained + gain, spent_ms + cost
+        own[i] += gain
+        taken, spent_ms = taken + 1, spent_ms + cost
         lengths[i] += 1
-        ratio[i] = survival[i, lengths[i]] / cost if lengths[i] < most else 0.0
+        ratio[i] = survival[i, lengths[i]] / own[i] / cost if lengths[i] < most else 0.0
         best, its, match = i, ratio[i], size + i
         while match > 1:
             rival = winner[match ^ 1]
@@ -146,4 +151,4 @@ def _take(
             its = max(its, theirs)
             match >>= 1
             winner[match] = best
-    return gained, start_ms + spent_ms
+    return n * math.exp(np.log(own).mean()), start_ms + spent_ms

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xllm_spec_decode.compiled import Parts, compiled
-from xllm_spec_decode.drafters import LONGEST_MATCH, Drafter, Drafts, Ints, Rows, Tokens
+from xllm_spec_decode.drafters import LONGEST_MATCH, Drafter, Drafts, Ints, Rows, Tokens, vote
 
 TOKEN_BYTES = 4 + 8 + 8  # of a place and of the table, pages aside
 _PAGE = 64  # tokens
-_CANDIDATES = 4
+_CANDIDATES = 12
 _GRAM = 3
 
 
@@ -44,7 +44,7 @@ class _Ring(NamedTuple):
 
 
 class RecentOutputs(Drafter):
-    """The place in recent outputs, among the newest 4, that agrees with a text's end for longest.
+    """The place in recent outputs, among the newest 12, that agrees with a text's end for longest.
 
     Suffix decoding (arXiv 2411.04975) keeps a tree of outputs; here it is a ring with chains of
     places that end alike, which needs no building and whose memory is fixed. What one tenant's
@@ -162,27 +162,39 @@ def _recall(step: Parts, held: Parts, room: Parts) -> None:
     rows, ring, drafts = Rows(*step), _Ring(*held), Drafts(*room)
     pages, mask = len(ring.fill), len(ring.tokens) - 1
     oldest, most = max(0, ring.made[0] - pages) * _PAGE, drafts.tokens.shape[1]
+    places = np.zeros(_CANDIDATES, np.int64)
     for i in range(len(rows.rows)):
         text, end = rows.tokens[rows.rows[i]], rows.lengths[i] - 1
         drafts.lengths[i] = 0
         if end < _GRAM - 1:
             continue
         place = ring.newest[_hash(text, end, rows.tenants[i], len(ring.newest))]
-        best, best_match, tried = -1, _GRAM - 1, 0
-        while place >= oldest and tried < _CANDIDATES and best_match < LONGEST_MATCH:
+        best, best_match, tried, found = -1, _GRAM - 1, 0, 0
+        while place >= oldest and tried < _CANDIDATES:
             follows = _next(place, ring)
             if ring.tenants[(place // _PAGE) & (pages - 1)] == rows.tenants[i] and follows >= 0:
                 tried += 1
-                before = (place - best_match) & mask
-                # A longer match agrees there too, if that is on the same page.
-                if place % _PAGE < best_match or ring.tokens[before] == text[end - best_match]:
-                    match = _agreement(text, end, place, ring)
-                    if match > best_match:
-                        best, best_match = follows, match
+                match = _agreement(text, end, place, ring)
+                if match >= _GRAM:
+                    places[found] = follows
+                    found += 1
+                if match > best_match:
+                    best, best_match = follows, match
             place = ring.older[place & mask]
         length = 0
         while best >= 0 and length < most:
-            drafts.tokens[i, length] = ring.tokens[best & mask]
+            token = ring.tokens[best & mask]
+            drafts.tokens[i, length] = token
+            agreeing, going_on = 0, 0
+            for j in range(found):
+                if ring.tokens[places[j] & mask] == token:
+                    agreeing += 1
+                    follows = _next(places[j], ring)
+                    if follows >= 0:
+                        places[going_on] = follows
+                        going_on += 1
+            drafts.votes[i, length] = vote(agreeing, found)
+            found = going_on
             length += 1
             best = _next(best, ring)
         drafts.lengths[i] = length

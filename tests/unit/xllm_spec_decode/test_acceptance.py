@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.unit.xllm_spec_decode.texts import rows_of
 from xllm_spec_decode.acceptance import Acceptance, Best
-from xllm_spec_decode.drafters import Drafts
+from xllm_spec_decode.drafters import AGREED, DISPUTED, Drafts
 
 MOST = 4
 
@@ -45,6 +45,25 @@ def test_chances_become_what_is_seen(right: float) -> None:
     again = np.mean([course(acceptance, [right], 40, seed).survival[0] for seed in range(20)], 0)
     assert again == pytest.approx(right ** np.arange(1, MOST + 1), abs=0.1)
     assert (np.diff(found) <= 0).all()
+
+
+def test_tokens_that_other_places_dispute_are_judged_apart() -> None:
+    acceptance, best, text = Acceptance(1, 1, MOST), Best.empty(1, MOST), [0] * 4
+    rng = random.Random(0)
+    for number in range(200):
+        made = drafts([rng.randrange(1, 100)])
+        made.votes[0, 0] = DISPUTED if number % 2 else AGREED
+        acceptance.best(rows_of([text]), [made], best)
+        text = [*text, -1 if number % 2 else int(made.tokens[0, 0])]
+        acceptance.observe(rows_of([text]))
+    chance = {}
+    for vote in (AGREED, DISPUTED):
+        made = drafts([5])
+        made.votes[0, 0] = vote
+        acceptance.best(rows_of([text]), [made], best)
+        chance[vote] = best.survival[0, 0]
+    assert chance[AGREED] > 0.7
+    assert chance[DISPUTED] < 0.2
 
 
 def test_the_better_drafter_is_chosen_and_the_other_still_observed() -> None:

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from tests.unit.xllm_spec_decode.texts import drafts_of, rows_of
 from xllm_spec_decode.compiled import compiled
-from xllm_spec_decode.drafters import LONGEST_MATCH, PromptLookup
+from xllm_spec_decode.drafters import (
+    AGREED,
+    ALONE,
+    DISPUTED,
+    LONGEST_MATCH,
+    Drafts,
+    PromptLookup,
+)
 from xllm_spec_decode.recent import TOKEN_BYTES, RecentOutputs
 
 SMALL = TOKEN_BYTES << 12  # the least that an index holds: 4,096 tokens
@@ -58,6 +65,29 @@ def test_prompt_lookup_finds_a_place_that_agrees_however_the_text_came(
     if draft:
         endless = text + draft
         assert any(endless[i + 1 : i + 1 + len(draft)] == draft for i in ends)
+
+
+@pytest.mark.parametrize(
+    ("text", "votes"),
+    [
+        pytest.param([1, 2, 3, 4, 4, 4, 1, 2, 3], [ALONE] * 3, id="one place"),
+        pytest.param(
+            [1, 2, 3, 4, 7, 1, 2, 3, 4, 8, 1, 2, 3], [AGREED, DISPUTED, ALONE], id="two places"
+        ),
+        pytest.param(
+            [1, 2, 3, 7, 7, 1, 2, 3, 8, 8, 1, 2, 3], [DISPUTED, ALONE, ALONE], id="at once"
+        ),
+    ],
+)
+def test_other_places_that_go_on_alike_have_a_vote(text: list[int], votes: list[int]) -> None:
+    own, others = PromptLookup(1, 64), RecentOutputs(2, SMALL)
+    own.learn(rows_of([text]))
+    others.learn(rows_of([text[:-3]]))
+    for drafter, rows in ((own, rows_of([text])), (others, rows_of([text[-3:]], slots=[1]))):
+        drafts = Drafts.empty(1, 3)
+        drafter.draft(rows, drafts)
+        assert drafts.votes[0, : drafts.lengths[0]].tolist() == votes[: drafts.lengths[0]]
+        assert drafts.lengths[0] >= 2
 
 
 def test_a_slot_that_is_given_away_knows_nothing_of_its_last_request() -> None:

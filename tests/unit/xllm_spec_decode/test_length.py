@@ -90,26 +90,37 @@ def test_a_step_with_drafts_keeps_the_budget(budget_ms: float) -> None:
     st.floats(0.0, 0.01),
 )
 @settings(max_examples=150, deadline=None)
-def test_no_other_lengths_yield_much_more_for_the_time(
+def test_no_other_lengths_bring_all_on_much_faster(
     steps: list[list[float]], base: float, token: float, cross: float
 ) -> None:
-    """Against all lengths that there are; the margin is what caution asks of each token."""
+    """Against all lengths that there are, by the geometric mean of the requests' speeds."""
     time = StepTime(base=base, token=token, cross=cross, decode=token, ready=True)
     chance = np.cumprod(np.array(steps), axis=1)
     n, most = chance.shape
     context = np.arange(1, n + 1) * 50
 
-    def tokens_per_ms(lengths: np.ndarray) -> float:
-        gained = sum(float(chance[i, : lengths[i]].sum()) for i in range(n))
-        step_ms = time.step_ms(verification(lengths, context))
-        return float((n + gained) / step_ms)
+    def speed(lengths: np.ndarray) -> float:
+        own = [1.0 + float(chance[i, : lengths[i]].sum()) for i in range(n)]
+        return float(np.prod(own) ** (1 / n) / time.step_ms(verification(lengths, context)))
 
-    best = max(tokens_per_ms(np.array(one)) for one in itertools.product(range(most + 1), repeat=n))
+    best = max(speed(np.array(one)) for one in itertools.product(range(most + 1), repeat=n))
     found = draft_lengths(chance, context, time)
-    none = tokens_per_ms(np.zeros(n, np.int64))
-    assert tokens_per_ms(found) >= none
-    assert tokens_per_ms(found) >= best / 1.1 - 1e-9
+    assert speed(found) >= speed(np.zeros(n, np.int64))
+    assert speed(found) >= best / 1.1 - 1e-9
     assert ((found >= 0) & (found <= most)).all()
+
+
+def test_one_whose_text_repeats_slows_the_others_by_no_more_than_it_gains() -> None:
+    chances = np.concatenate([survival(0.98, most=16), np.zeros((3, 16))])
+    time = StepTime(base=40.0, token=5.0, decode=5.0, ready=True)
+    (alone,) = draft_lengths(chances[:1], contexts(1), time)
+    beside = draft_lengths(chances, contexts(4), time)
+    assert 0 < beside[0] < alone
+    gained = 1.0 + chances[0, : beside[0]].sum()
+    slower = time.step_ms(verification(beside, contexts(4))) / time.step_ms(
+        verification(np.zeros(4, np.int64), contexts(4))
+    )
+    assert gained > slower**4
 
 
 @given(st.integers(0, 2**32), st.integers(1, 40))
@@ -121,7 +132,8 @@ def test_tokens_are_taken_in_the_order_of_gain_for_cost(seed: int, n: int) -> No
     context = rng.choice([100, *rng.integers(1, 5000, 2)], n)
     time = StepTime(base=20.0, decode=0.1, token=0.01, cross=1e-4, ready=True)
     cost_ms = np.repeat(time.token + time.cross * context, 5)
-    order = np.argsort(-chance.reshape(-1) / cost_ms, kind="stable")
+    before = 1.0 + np.cumsum(chance, axis=1) - chance
+    order = np.argsort(-(chance / before).reshape(-1) / cost_ms, kind="stable")
     most = int(rng.integers(1, 60))
     found = draft_lengths(chance, context, time, most_tokens=most)
     drafted = order[: found.sum()]
