@@ -152,13 +152,13 @@ def _look_up(step: Parts, newest: Tokens, older: Tokens, room: Parts) -> None:
             if before < 1 or before >= place or before <= end - window:
                 break
             place = before
-            match = 0
-            longest = min(LONGEST_MATCH, place + 1)
-            while match < longest and text[place - match] == text[end - match]:
-                match += 1
-            if match >= _GRAM:
-                places[found] = place
-                found += 1
+            places[found] = place
+            found += 1
+            longest, match = min(LONGEST_MATCH, place + 1), 0
+            # A longer match agrees there too.
+            if best_match < longest and text[place - best_match] == text[end - best_match]:
+                while match < longest and text[place - match] == text[end - match]:
+                    match += 1
             if match > best_match:
                 best, best_match = place, match
         if best < 0:

@@ -169,17 +169,20 @@ def _recall(step: Parts, held: Parts, room: Parts) -> None:
         if end < _GRAM - 1:
             continue
         place = ring.newest[_hash(text, end, rows.tenants[i], len(ring.newest))]
-        best, best_match, tried, found = -1, _GRAM - 1, 0, 0
-        while place >= oldest and tried < _CANDIDATES:
+        best, best_match, found = -1, _GRAM - 1, 0
+        while place >= oldest and found < _CANDIDATES:
             follows = _next(place, ring)
             if ring.tenants[(place // _PAGE) & (pages - 1)] == rows.tenants[i] and follows >= 0:
-                tried += 1
-                match = _agreement(text, end, place, ring)
-                if match >= _GRAM:
-                    places[found] = follows
-                    found += 1
-                if match > best_match:
-                    best, best_match = follows, match
+                places[found] = follows
+                found += 1
+                before = (place - best_match) & mask
+                # A longer match agrees there too, if that is on the same page.
+                if best_match < LONGEST_MATCH and (
+                    place % _PAGE < best_match or ring.tokens[before] == text[end - best_match]
+                ):
+                    match = _agreement(text, end, place, ring)
+                    if match > best_match:
+                        best, best_match = follows, match
             place = ring.older[place & mask]
         length = 0
         while best >= 0 and length < most:
