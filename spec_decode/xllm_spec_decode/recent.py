@@ -11,7 +11,7 @@ from xllm_spec_decode.drafters import LONGEST_MATCH, Drafter, Drafts, Ints, Rows
 
 TOKEN_BYTES = 4 + 8 + 8  # of a place and of the table, pages aside
 _PAGE = 64  # tokens
-_CANDIDATES = 12
+_CANDIDATES = 4
 _GRAM = 3
 
 
@@ -44,7 +44,7 @@ class _Ring(NamedTuple):
 
 
 class RecentOutputs(Drafter):
-    """The place in recent outputs, among the newest 12, that agrees with a text's end for longest.
+    """The place in recent outputs, among the newest 4, that agrees with a text's end for longest.
 
     Suffix decoding (arXiv 2411.04975) keeps a tree of outputs; here it is a ring with chains of
     places that end alike, which needs no building and whose memory is fixed. What one tenant's
