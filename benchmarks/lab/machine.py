@@ -22,7 +22,7 @@ def cpu_name() -> str:
 class OthersMeter:
     """How much CPU time everybody but this process and its descendants takes, from now on.
 
-    Descendants that end while it runs are counted as others; servers outlive the measurement.
+    A descendant that ends counts as one only once its parent has waited for it.
     """
 
     def __init__(self) -> None:
@@ -41,5 +41,8 @@ def _cpu_seconds() -> tuple[float, float, float]:
     # Linux counts guests' time in user and nice as well.
     total = sum(times) - times.guest - times.guest_nice
     this = psutil.Process()
-    own = [process.cpu_times() for process in (this, *this.children(recursive=True))]
-    return total, total - times.idle - times.iowait, sum(one.user + one.system for one in own)
+    own = 0.0
+    for process in (this, *this.children(recursive=True)):
+        used = process.cpu_times()
+        own += used.user + used.system + used.children_user + used.children_system
+    return total, total - times.idle - times.iowait, own

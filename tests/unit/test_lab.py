@@ -1,9 +1,12 @@
 """The pure parts of the benchmarks' load generator."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 
+from benchmarks.lab import machine
 from benchmarks.lab.results import (
     Percentiles,
     Record,
@@ -192,3 +195,10 @@ def test_arrivals_keep_the_rate_inside_and_outside_bursts() -> None:
     bursting = sum(at_s % 40 < 10 for at_s in times)
     assert bursting / (times[-1] / 4) == pytest.approx(2.0, rel=0.05)
     assert (len(times) - bursting) / (times[-1] * 3 / 4) == pytest.approx(0.5, rel=0.05)
+
+
+def test_a_child_that_has_ended_is_not_taken_for_others() -> None:
+    before_s = machine._cpu_seconds()[2]
+    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    assert machine._cpu_seconds()[2] - before_s > 0.4
