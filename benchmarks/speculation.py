@@ -1,4 +1,4 @@
-"""Claim: as fast as the better of vLLM's own text-driven drafts, and never slower than none.
+"""Claim: on the whole faster than vLLM's own text-driven drafts, and never slower than none.
 
 SmolLM2 on this machine's CPU, greedy, batches of 1 to 48 requests that start together. Each round
 starts vLLM anew for every system, one after the other, with the same requests. Answers have to be

@@ -30,8 +30,8 @@ _BOUNDS = (3, 4, 6, 9, 17)
 _PRIOR = (0.3, 0.4, 0.5, 0.65, 0.75, 0.85)
 _PRIOR_TRIES = 8.0
 _VOTES = 3
-_AGREED, _DISPUTED = 0.5, 0.5  # of what is missing to certainty, that an agreed token has too; of
-# its chance, what a disputed one keeps
+_AGREED = 0.5  # of what is missing to certainty, which an agreed token has as well
+_DISPUTED = 0.5  # of its chance, which a disputed token keeps
 _LATER_BONUS = 0.15  # by which a token's chance rises once the one before was right
 _MEMORY = 0.998  # weight of a try after one more
 _OWN_MEMORY = 0.96  # the same of one request,
@@ -106,13 +106,11 @@ class Acceptance:
     def __init__(self, drafters: int, slots: int, most: int) -> None:
         prior = np.repeat(_prior()[None, :, None], most, axis=2).repeat(drafters, axis=0)
         prior[:, :, 1:] = np.minimum(prior[:, :, 1:] + _LATER_BONUS, 0.9)
-        pairs, groups = (
-            (slots, drafters),
-            np.searchsorted(_BOUNDS, range(LONGEST_MATCH + 1), "right"),
-        )
+        pairs = (slots, drafters)
+        group = np.searchsorted(_BOUNDS, np.arange(LONGEST_MATCH + 1), "right")
         self._chances = np.zeros(most)
         self._estimates = _Estimates(
-            group=groups.astype(np.int64) * _VOTES,
+            group=group.astype(np.int64) * _VOTES,
             hits=prior * _PRIOR_TRIES,
             tries=np.full_like(prior, _PRIOR_TRIES),
             own_hits=np.full((*pairs, 2), _OWN_PRIOR),
