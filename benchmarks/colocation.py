@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -96,16 +97,8 @@ def _priority_args(_slo: Slo) -> tuple[str, ...]:
     return ("--scheduling-policy", "priority")
 
 
-def _xllm_args(slo: Slo) -> tuple[str, ...]:
-    return _configured({"scheduler": {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms}})
-
-
-def _drafts_args(slo: Slo) -> tuple[str, ...]:
-    scheduler = {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms}
-    return _configured({"scheduler": scheduler, "spec_decode": {"mode": "auto"}})
-
-
-def _configured(config: Json) -> tuple[str, ...]:
+def _xllm_args(slo: Slo, **more: Json) -> tuple[str, ...]:
+    config = {"scheduler": {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms}, **more}
     return ("--plugins", "xllm", "--xllm-config", json.dumps(config))
 
 
@@ -116,7 +109,7 @@ SYSTEMS = {
     FCFS: System(_no_args, {}),
     "vllm-priority": System(_priority_args, {"priority": 1}),
     "xllm": System(_xllm_args, OURS_OFFLINE),
-    DRAFTS: System(_drafts_args, OURS_OFFLINE),
+    DRAFTS: System(partial(_xllm_args, spec_decode={"mode": "auto"}), OURS_OFFLINE),
 }
 DEFAULT = [name for name in SYSTEMS if name != DRAFTS]
 

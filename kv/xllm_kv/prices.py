@@ -231,7 +231,6 @@ class Prices:
                 self._tried_s[run.tier] = now_s
             elif probe is None and now_s - self._tried_s[run.tier] >= PROBE_S:
                 self._tried_s[run.tier] = now_s
-                counts.probes += 1
                 probe = run.tier
         return probe
 

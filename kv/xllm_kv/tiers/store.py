@@ -123,6 +123,7 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]
     def probe(self, key: OffloadKey) -> None:
         """Read a chunk with nobody waiting, to see how long it takes; loads tell that as well."""
         if self._probing is None and not self._under_way[_LOADS]:
+            self._prices.counts[self.tier_type].probes += 1
             self._probing = self._readers.submit(self._read_for_nobody, key)
 
     def _read_for_nobody(self, key: OffloadKey) -> float | None:
