@@ -7,7 +7,6 @@ or whether drafting has become worth it again, costs no step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ from xllm_spec_decode.drafters import (
     Rows,
     Tokens,
 )
+from xllm_spec_decode.width import PRIOR_CHANCE, chances
 
 Floats = NDArray[np.float64]
 # The prior chance of a token by how many agreed before it: 2, 3, 4 and 5, to 8, to 16, more.
@@ -101,18 +101,22 @@ class Acceptance:
         drafters: their number.
         slots: requests at a time.
         most: tokens of a draft.
+        model: whether the last drafter is a model, whose drafts match nothing.
     """
 
-    def __init__(self, drafters: int, slots: int, most: int) -> None:
+    def __init__(self, drafters: int, slots: int, most: int, model: bool = False) -> None:
         prior = np.repeat(_prior()[None, :, None], most, axis=2).repeat(drafters, axis=0)
         prior[:, :, 1:] = np.minimum(prior[:, :, 1:] + _LATER_BONUS, 0.9)
+        tries = np.full_like(prior, _PRIOR_TRIES)
+        if model:
+            prior[-1], tries[-1] = PRIOR_CHANCE, 1.0
         pairs = (slots, drafters)
         group = np.searchsorted(_BOUNDS, np.arange(LONGEST_MATCH + 1), "right")
         self._chances = np.zeros(most)
         self._estimates = _Estimates(
             group=group.astype(np.int64) * _VOTES,
-            hits=prior * _PRIOR_TRIES,
-            tries=np.full_like(prior, _PRIOR_TRIES),
+            hits=prior * tries,
+            tries=tries,
             own_hits=np.full((*pairs, 2), _OWN_PRIOR),
             own_expected=np.full((*pairs, 2), _OWN_PRIOR),
             tokens=np.zeros((*pairs, most), np.int32),
@@ -131,20 +135,29 @@ class Acceptance:
         """Hold the drafts that were made against what has been said since."""
         _observe(tuple(rows), tuple(self._estimates))
 
-    def best(self, rows: Rows, drafts: Sequence[Drafts], best: Best) -> None:
-        """Choose for each row the draft from which most tokens are expected to be right.
+    def judge(self, drafter: int, rows: Rows, drafts: Drafts, best: Best) -> None:
+        """Take a drafter's drafts as the best where most of their tokens are expected to be right.
 
-        All drafts are remembered, to be held against what will be said.
+        All are remembered, to be held against what will be said.
 
         Args:
+            drafter: its number.
             rows: the requests.
-            drafts: one for each drafter, in their order.
-            best: is filled.
+            drafts: its own.
+            best: of the drafters before it; is changed.
         """
-        best.survival[:] = 0.0
-        step, learned, chosen = tuple(rows), tuple(self._estimates), tuple(best)
-        for number, one in enumerate(drafts):
-            _judge(number, step, tuple(one), learned, chosen, self._chances)
+        learned = tuple(self._estimates)
+        _judge(drafter, tuple(rows), tuple(drafts), learned, tuple(best), self._chances)
+
+    def likely(self, slots: Ints) -> Floats:
+        """What :attr:`Best.survival` of the model's drafts will be, ``[n, most]``, unseen."""
+        group = slice(self._estimates.group[0], self._estimates.group[0] + _VOTES)
+        hits, tries = (
+            part[-1, group].sum(0) for part in (self._estimates.hits, self._estimates.tries)
+        )
+        own = self._estimates.own_hits[slots, -1] / self._estimates.own_expected[slots, -1]
+        found = chances(hits, tries)[None] * own[:, np.minimum(np.arange(len(hits)), 1)]
+        return np.cumprod(np.minimum(found, _MOST_CHANCE), axis=1)
 
     def first_token(self) -> list[float]:
         """The chance of a first drafted token, by drafter, over all lengths of match."""

@@ -95,6 +95,12 @@ def draft_lengths(
     return found
 
 
+def speed(survival: Floats, lengths: Ints, step_ms: float) -> float:
+    """What :func:`draft_lengths` maximises: the geometric mean of requests' tokens, per ms."""
+    taken = np.arange(survival.shape[1]) < lengths[:, None]
+    return float(np.exp(np.log1p(np.where(taken, survival, 0.0).sum(1)).mean()) / step_ms)
+
+
 @compiled
 def _take(
     survival: Floats,

@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from xllm_plugins.activation import active_features
-from xllm_plugins.compat import ascend_proposer, inspect_seam, spec_proposer, spec_width
+from xllm_plugins.compat import (
+    ascend_proposer,
+    inspect_seam,
+    spec_beside,
+    spec_proposer,
+    spec_width,
+)
 from xllm_plugins.config import Mode
 from xllm_plugins.errors import NotAvailableError
 from xllm_plugins.features import Attachment, Feature
@@ -117,11 +123,45 @@ def install() -> None:
     spec_proposer.install()
     ascend_proposer.install()
     spec_width.install(_steered_width)
+    spec_beside.install(_beside_model)
+
+
+def _is_beside(vllm_config: Any) -> bool:
+    """Whether texts draft beside a model: one worker decides, and knows what a step has said."""
+    speculative = vllm_config.speculative_config
+    return (
+        not vllm_config.scheduler_config.async_scheduling
+        and vllm_config.parallel_config.world_size == 1
+        and speculative.draft_sample_method == "greedy"
+        and inspect_seam("spec_beside").holds
+    )
+
+
+def _is_steered(vllm_config: Any) -> bool:
+    """Whether a model's drafts are ours to steer, and not as the user's own schedule has them."""
+    if not any(feature.name == FEATURE.name for feature in active_features(vllm_config)):
+        return False
+    speculative = vllm_config.speculative_config
+    return speculative is not None and speculative.method in _MODELS
+
+
+def _beside_model(vllm_config: Any) -> Any:
+    if not _is_steered(vllm_config) or not _is_beside(vllm_config):
+        return None
+    from xllm_spec_decode.proposer import XllmProposer
+
+    try:
+        made = XllmProposer(vllm_config, str(vllm_config.speculative_config.method))
+        made.load_model()
+    except Exception:  # the model drafts as it was set to
+        logger.exception("Nothing is drafted from texts beside the model")
+        return None
+    return made
 
 
 def _steered_width(vllm_config: Any) -> Any:
-    if not any(feature.name == FEATURE.name for feature in active_features(vllm_config)):
-        return None  # the schedule is the user's
+    if not _is_steered(vllm_config) or _is_beside(vllm_config):
+        return None  # the user's schedule, or what the worker chooses
     from xllm_spec_decode.steered import SteeredWidth
 
     try:
@@ -146,6 +186,8 @@ def attach(attachment: Attachment) -> str:
         raise NotAvailableError("vLLM's configuration was built without our proposer")
     if not getattr(speculative, spec_width.SCHEDULE):
         raise NotAvailableError("vLLM's configuration was built without a schedule of lengths")
+    if _is_beside(config):
+        return "vllm.v1.spec_decode.llm_base_proposer"
     return "vllm.v1.core.sched.scheduler"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,22 +31,28 @@ class XllmProposer:
 
     Whatever goes wrong in here costs drafts and never a request.
 
+    Args:
+        vllm_config: vLLM's.
+        model: the method of vLLM's drafting model, if that is what drafts.
+
     Attributes:
         choice: whose drafts are used.
     """
 
     choice = Choice.BEST
 
-    def __init__(self, vllm_config: Any) -> None:
+    def __init__(self, vllm_config: Any, model: str = "") -> None:
         global _proposer
         spec_sampling.mend()
         section, self._tpot_ms = settings(vllm_config)
         most = vllm_config.speculative_config.num_speculative_tokens
         slots = _ABSENT * vllm_config.scheduler_config.max_num_seqs
-        drafters = _drafters(self.choice, slots, int(section.shared_mib * (1 << 20)))
-        self._speculator = Speculator(drafters, slots, most, idle_experts(vllm_config))
+        choice = section.drafter if model else self.choice
+        drafters = _drafters(choice, slots, int(section.shared_mib * (1 << 20)))
+        self._speculator = Speculator(drafters, slots, most, idle_experts(vllm_config), model)
         self._length = vllm_config.model_config.max_model_len
         self._step: Step | None = None
+        self._begun = False  # and not yet finished
         self._failed = ""
         _proposer = self
 
@@ -84,18 +90,37 @@ class XllmProposer:
         slot_mappings: Any = None,
     ) -> list[list[int]]:
         """By vLLM's contract: a draft for each request, empty for none."""
+        lengths = num_tokens_no_spec[: len(sampled_token_ids)]
+        self.begin(sampled_token_ids, lengths, token_ids_cpu)
+        found: Any = self.finish()
+        return [[] for _ in sampled_token_ids] if found is None else found
+
+    def begin(self, said: Sequence[Sequence[int]], lengths: Any, token_ids_cpu: Any) -> int | None:
+        """Draft from texts; how far the model is to draft for each request, None to leave that."""
         step, self._step = self._step, None
+        self._begun = step is not None and not self._failed
         if step is None or self._failed:
-            return [[] for _ in sampled_token_ids]
-        lengths = num_tokens_no_spec[: len(step.ids)].astype(np.int64)
+            return None
+        places, now_s = lengths.astype(np.int64), time.monotonic()
+        passes: int | None = self._safely(
+            lambda: self._speculator.begin(step, said, places, token_ids_cpu, now_s), None
+        )
+        return passes
+
+    def finish(self, modelled: Any = None) -> Any:
+        """The drafts for the next step; the model's own tensor of drafts where we failed."""
+        if not self._begun or self._failed:
+            return modelled
+        tokens = None if modelled is None else modelled.cpu().numpy()
+        return self._safely(lambda: self._speculator.finish(tokens), modelled)
+
+    def _safely(self, call: Callable[[], Any], otherwise: Any) -> Any:
         try:
-            return self._speculator.propose(
-                step, sampled_token_ids, lengths, token_ids_cpu, time.monotonic()
-            )
+            return call()
         except Exception as error:
             logger.exception("Speculation failed and is switched off")
             self._failed = f"{type(error).__name__}: {error}"
-            return [[] for _ in sampled_token_ids]
+            return otherwise
 
     def facts(self) -> dict[str, Any]:
         """What was done and is expected, in plain types."""

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xllm_plugins.latency import StepTimeModel
-from xllm_spec_decode.acceptance import Acceptance, Best
+from xllm_plugins.latency import StepTime, StepTimeModel
+from xllm_spec_decode.acceptance import Acceptance, Best, Floats
+from xllm_spec_decode.beside import ModelBeside, compare
 from xllm_spec_decode.drafters import Drafter, Drafts, Ints, Rows, Tokens
 from xllm_spec_decode.length import draft_lengths, verification
 from xllm_spec_decode.slots import Request, Slots
@@ -47,27 +48,54 @@ class Step(NamedTuple):
     prompts: Ints
 
 
+class _Begun(NamedTuple):
+    """A step between the drafts from texts and those of a model.
+
+    Attributes:
+        requests: in it.
+        places: of those that said something among them, ``[n]``.
+        rows: those.
+        best: for each of them the best draft so far.
+    """
+
+    requests: int
+    places: Ints
+    rows: Rows
+    best: Best
+
+
 class Speculator:
     """Asks drafters for drafts, estimates their worth, and says whose are used and how far.
 
+    A drafting model may stand beside drafters from texts, which draft first: see
+    :class:`xllm_spec_decode.beside.ModelBeside`.
+
     Args:
-        drafters: by name; one that fails is switched off.
+        drafters: from texts, by name; one that fails is switched off.
         slots: requests at a time.
         most: tokens of a draft at most.
         idle_experts: as for :class:`xllm_plugins.latency.StepTimeModel`.
+        model: the name of a drafting model beside them; empty for none.
     """
 
     def __init__(
-        self, drafters: Mapping[str, Drafter], slots: int, most: int, idle_experts: float = 1.0
+        self,
+        drafters: Mapping[str, Drafter],
+        slots: int,
+        most: int,
+        idle_experts: float = 1.0,
+        model: str = "",
     ) -> None:
-        self._names = list(drafters)
+        self._names = [*drafters, *([model] if model else [])]
         self._drafters: list[Drafter | None] = list(drafters.values())
-        self._acceptance = Acceptance(len(drafters), slots, most)
+        self._beside = ModelBeside(most) if model else None
+        self._begun: _Begun | None = None
+        self._acceptance = Acceptance(len(self._names), slots, most, bool(model))
         self._model = StepTimeModel(idle_experts)
         self._slots = Slots(slots)
         self._known = np.zeros(slots, np.int64)
         self._chosen = np.zeros(slots, np.int64)  # whose draft a request has
-        self._drafts = [Drafts.empty(slots, most) for _ in drafters]
+        self._drafts = [Drafts.empty(slots, most) for _ in self._names]
         self._best = Best.empty(slots, most)
         self._last: tuple[float, frozenset[str]] = (-math.inf, frozenset())
         self._quiet_steps = 0
@@ -76,7 +104,14 @@ class Speculator:
     def propose(
         self, step: Step, said: Sequence[Sequence[int]], lengths: Ints, tokens: Tokens, now_s: float
     ) -> list[list[int]]:
-        """The drafts for the next step.
+        """The drafts for the next step, where there is no model: :meth:`begin`, :meth:`finish`."""
+        self.begin(step, said, lengths, tokens, now_s)
+        return self.finish()
+
+    def begin(
+        self, step: Step, said: Sequence[Sequence[int]], lengths: Ints, tokens: Tokens, now_s: float
+    ) -> int:
+        """Learn from a step and draft from texts.
 
         Args:
             step: the one that has just been computed.
@@ -86,7 +121,7 @@ class Speculator:
             now_s: the time.
 
         Returns:
-            A draft for each request, empty for none.
+            The tokens that the model is to draft for each request.
         """
         slots = self._admit(step)
         n = len(slots)
@@ -106,17 +141,39 @@ class Speculator:
         self._acceptance.observe(rows)
         self._each(lambda drafter, number: drafter.learn(rows))
         self._known[slots] = lengths
-        found: list[list[int]] = [[] for _ in said]
         speaking = np.flatnonzero(grown)
-        if not len(speaking):
-            return found
         if len(speaking) < n:
             rows = Rows(tokens, *(part[speaking] for part in rows[1:]))
-        best, chosen = self._choose(rows)
+        best = self._best.head(len(speaking))
+        best.survival[:] = 0.0
+        self._begun = _Begun(n, speaking, rows, best)
+        if len(speaking):
+            self._draft(rows, best)
+        return self._passes(rows, best)
+
+    def finish(self, modelled: Tokens | None = None) -> list[list[int]]:
+        """The drafts for the next step.
+
+        Args:
+            modelled: what the model has drafted, ``[n, as many as it was told to]``.
+
+        Returns:
+            A draft for each request, empty for none.
+        """
+        assert self._begun is not None
+        n, places, rows, best = self._begun
+        found: list[list[int]] = [[] for _ in range(n)]
+        if not len(places):
+            return found
+        if modelled is not None and modelled.shape[1]:
+            drafts = self._drafts[-1].head(len(places))
+            compare(modelled[places], best, drafts)
+            self._acceptance.judge(len(self._names) - 1, rows, drafts, best)
+        chosen = self._lengths(rows, best)
         self._chosen[rows.slots] = best.drafter
         drafting = np.flatnonzero(chosen)
         for place, draft, length in zip(
-            speaking[drafting].tolist(),
+            places[drafting].tolist(),
             best.tokens[drafting].tolist(),
             chosen[drafting].tolist(),
             strict=True,
@@ -133,6 +190,8 @@ class Speculator:
         for request_id in step.ids:
             self._slots.release(request_id)
         self._last = (-math.inf, frozenset())
+        if self._beside is not None:
+            self._beside = ModelBeside(self._best.survival.shape[1])
         failed, self._tally = self._tally.failed, Tally(self._names)
         self._tally.failed.update(failed)
 
@@ -140,6 +199,9 @@ class Speculator:
         """What was done and is expected, in plain types."""
         time = self._model.current
         chances = self._acceptance.first_token()
+        drafting = {"verifying": time.square}
+        if self._beside is not None:
+            drafting = {"pass": time.square, "pass_request": time.cross}
         return {
             **self._tally.facts(),
             "acceptance": dict(zip(self._names, chances, strict=True)),
@@ -148,7 +210,7 @@ class Speculator:
                 "base": time.base,
                 "request": time.decode,
                 "drafted_token": time.token,
-                "verifying": time.square,
+                **drafting,
                 "error": time.error,
             },
         }
@@ -169,26 +231,43 @@ class Speculator:
         self._last = (now_s, here)
         alone = step.computed_tokens == len(step.ids) + int(drafted.sum())
         if alone and here <= before and 0.0 < now_s - last_s < _STALE_S:
-            shape = verification(drafted, contexts)
+            shape = (self._beside.step if self._beside else verification)(drafted, contexts)
             self._model.observe(shape, (now_s - last_s) * 1e3)
 
-    def _choose(self, rows: Rows) -> tuple[Best, Ints]:
-        """For each row the best draft, and how many tokens of it to take."""
-        n = len(rows.rows)
-        drafts = [one.head(n) for one in self._drafts]
-        best = self._best.head(n)
+    def _draft(self, rows: Rows, best: Best) -> None:
+        """For each row the best draft from texts."""
+        drafts = [one.head(len(rows.rows)) for one in self._drafts]
         self._each(lambda drafter, number: drafter.draft(rows, drafts[number]))
         for number, drafter in enumerate(self._drafters):
-            if drafter is None:
-                drafts[number].lengths[:] = 0
-        self._acceptance.best(rows, drafts, best)
-        time = self._model.current
+            if drafter is not None:
+                self._acceptance.judge(number, rows, drafts[number], best)
+
+    def _passes(self, rows: Rows, best: Best) -> int:
+        """How far the model drafts."""
+        if self._beside is None:
+            return 0
+        if not len(rows.rows):
+            self._beside.passes = 0
+            return 0
         budget_ms = self._slots.least_tpot_ms(rows.slots)
-        first = max(_FIRST_TOKENS, n // _FIRST_REQUESTS)
-        most = max(first, _GROWTH * time.most_prefill_tokens)
-        lengths = draft_lengths(
-            best.survival, rows.lengths, time, budget_ms=budget_ms, most_tokens=most
+        likely = self._acceptance.likely(rows.slots)
+        self._beside.choose(
+            best.survival,
+            likely,
+            rows.lengths,
+            self._model.current,
+            budget_ms,
+            lambda survival, time: self._fitting(survival, rows, time, budget_ms),
         )
+        return self._beside.passes
+
+    def _lengths(self, rows: Rows, best: Best) -> Ints:
+        """How many tokens of each row's draft to take."""
+        time = self._model.current
+        if self._beside is not None:
+            time = self._beside.time(time, len(rows.rows))
+        budget_ms = self._slots.least_tpot_ms(rows.slots)
+        lengths = self._fitting(best.survival, rows, time, budget_ms)
         if not lengths.any() and self._quiet_steps >= _PROBE_EVERY:
             row = int(best.survival[:, 0].argmax())
             probe = np.zeros_like(lengths)
@@ -197,7 +276,12 @@ class Speculator:
             if time.step_ms(shape) <= budget_ms:
                 lengths = probe
         self._quiet_steps = 0 if lengths.any() else self._quiet_steps + 1
-        return best, lengths
+        return lengths
+
+    def _fitting(self, survival: Floats, rows: Rows, time: StepTime, budget_ms: float) -> Ints:
+        first = max(_FIRST_TOKENS, len(rows.rows) // _FIRST_REQUESTS)
+        most = max(first, _GROWTH * time.most_prefill_tokens)
+        return draft_lengths(survival, rows.lengths, time, budget_ms=budget_ms, most_tokens=most)
 
     def _each(self, call: Callable[[Drafter, int], None]) -> None:
         """Have all drafters do something; one that fails is not asked again."""

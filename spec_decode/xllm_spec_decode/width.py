@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from xllm_plugins.latency import StepShape, StepTimeModel
 
-_PRIOR_CHANCE = 0.7  # of a first token; a later one's prior is the chance of the one before it
+PRIOR_CHANCE = 0.7  # of a first token; a later one's prior is the chance of the one before it
 _PRIOR_TRIES = 8.0
 _MEMORY = 0.998  # weight of a try after one more
-_WORTH = 1.02  # times what no draft would yield, at least
+WORTH = 1.02  # times what no draft would yield, at least
 _WARM_ROUNDS = 2  # through all numbers, before the best is chosen
 _PROBE_EVERY = 64  # steps after which another number shows what it costs and yields
 
@@ -37,6 +37,38 @@ class Drafted(NamedTuple):
     took_ms: float | None
 
 
+class Turns:
+    """Which lengths are tried, and when: all until step times are known, then one in 64 steps.
+
+    Drafts that nobody makes tell nothing. 0, 1, 2, 4, ... and the longest show what a pass takes.
+
+    Args:
+        most: tokens that are drafted at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        powers = [1 << i for i in range(most.bit_length()) if 1 << i < most]
+        self._lengths = [most, *powers[::-1], 0]
+        self._turn = 0
+        self._steps = 0  # since one was tried
+
+    @property
+    def warm(self) -> bool:
+        """Whether all have been tried as often as the first choice needs."""
+        return self._turn >= _WARM_ROUNDS * len(self._lengths)
+
+    def due(self) -> bool:
+        """Asked once in a step that chooses: whether it is to try one instead."""
+        self._steps += 1
+        return self._steps >= _PROBE_EVERY
+
+    def next(self) -> int:
+        """The length to try in this step."""
+        self._steps = 0
+        self._turn += 1
+        return self._lengths[(self._turn - 1) % len(self._lengths)]
+
+
 class BatchWidth:
     """Chooses the number that yields the most tokens per millisecond, from what was measured.
 
@@ -47,8 +79,7 @@ class BatchWidth:
 
         step_ms  base + request * n + context * S + token * n * K + pass * K + pass_request * K * n
 
-    All numbers up to ``most`` are compared. Every 64 steps another one is tried, in turn, since
-    drafts that nobody makes tell nothing: at most a 64th of the time is spent on that.
+    All numbers up to ``most`` are compared. Every 64 steps another one is tried, in turn.
 
     Args:
         most: tokens that are drafted at most.
@@ -61,13 +92,12 @@ class BatchWidth:
         self._tries = np.zeros(most)
         self._model = StepTimeModel(idle_experts)
         self._context_per_request = 0.0
-        self._turn = 0  # through the numbers, from the largest down
-        self._since_probe = 0
+        self._turns = Turns(most)
 
     def choose(self, requests: int, budget_ms: float) -> int:
         """The tokens to draft for each of so many requests, with steps within ``budget_ms``."""
-        if not self._model.current.ready or self._turn < _WARM_ROUNDS * (self._most + 1):
-            return self._next()
+        if not self._model.current.ready or not self._turns.warm:
+            return self._turns.next()
         shapes = [
             shape(requests, requests * k, k, int(requests * self._context_per_request))
             for k in range(self._most + 1)
@@ -75,15 +105,13 @@ class BatchWidth:
         step_ms = np.array([self._model.current.step_ms(one) for one in shapes])
         allowed = step_ms <= budget_ms
         allowed[0] = True
-        self._since_probe += 1
-        if self._since_probe >= _PROBE_EVERY:
-            self._since_probe = 0
-            probe = self._next()
+        if self._turns.due():
+            probe = self._turns.next()
             return probe if allowed[probe] else 0
         tokens = 1.0 + np.concatenate(([0.0], np.cumsum(np.cumprod(self.chances()))))
         per_ms = np.where(allowed, tokens / np.maximum(step_ms, 1e-9), 0.0)
         best = int(per_ms.argmax())
-        return best if per_ms[best] > _WORTH * per_ms[0] else 0
+        return best if per_ms[best] > WORTH * per_ms[0] else 0
 
     def observe(self, step: Drafted) -> None:
         """Learn from a step."""
@@ -103,11 +131,7 @@ class BatchWidth:
 
     def chances(self) -> NDArray[np.float64]:
         """The chance of each token of a draft once those before it were right, ``[most]``."""
-        found, before = np.zeros(self._most), _PRIOR_CHANCE
-        for k in range(self._most):
-            hits = self._hits[k] + _PRIOR_TRIES * before
-            before = found[k] = hits / (self._tries[k] + _PRIOR_TRIES)
-        return found
+        return chances(self._hits, self._tries)
 
     def step_facts(self) -> dict[str, Any]:
         """The learned step times, in plain types."""
@@ -122,9 +146,13 @@ class BatchWidth:
             "error": time.error,
         }
 
-    def _next(self) -> int:
-        self._turn += 1
-        return self._most - (self._turn - 1) % (self._most + 1)
+
+def chances(hits: NDArray[np.float64], tries: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The chance of each place, ``[k]``; one that is hardly tried has that of the one before."""
+    found, before = np.zeros(len(hits)), PRIOR_CHANCE
+    for k in range(len(hits)):
+        before = found[k] = (hits[k] + _PRIOR_TRIES * before) / (tries[k] + _PRIOR_TRIES)
+    return found
 
 
 def shape(requests: int, verified: int, width: int, context_tokens: int) -> StepShape:

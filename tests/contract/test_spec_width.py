@@ -142,6 +142,7 @@ def test_a_drafting_model_of_the_users_is_steered_when_asked_for() -> None:
     assert plugin.prepare(given, section) == {"speculative_config": STEERED}
     config = config_of()
     config.speculative_config = SimpleNamespace(**STEERED)
+    config.scheduler_config.async_scheduling = True
     assert plugin.attach(Attachment(given, config, section)) == "vllm.v1.core.sched.scheduler"
     config.speculative_config.num_speculative_tokens_per_batch_size = None
     with pytest.raises(NotAvailableError, match="without a schedule of lengths"):

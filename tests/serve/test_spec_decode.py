@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from benchmarks.lab.early_exit import prepare_early_exit
 from benchmarks.lab.server import Server
 from tests.serve.conftest import PROMPTS, Start, texts
 
@@ -65,13 +67,24 @@ def facts(server: Server) -> dict[str, Any]:
     return found
 
 
+MODEL = {"method": "draft_model", "num_speculative_tokens": 4}
+
+
+@pytest.mark.parametrize("drafting_model", [False, True], ids=["texts", "texts and a model"])
 def test_greedy_answers_are_those_without_drafts(
-    start: Start, plain_answers: tuple[list[str], Server]
+    start: Start, plain_answers: tuple[list[str], Server], drafting_model: bool
 ) -> None:
     _, plain = plain_answers
     expected = everything(plain)
-    settings = '{"spec_decode": {"mode": "auto"}}'
-    with start("--plugins", "xllm.spec_decode", "--xllm-config", settings) as server:
+    options = ["--plugins", "xllm.spec_decode"]
+    options += [
+        "--xllm-config",
+        json.dumps({"spec_decode": {"mode": "on" if drafting_model else "auto"}}),
+    ]
+    if drafting_model:
+        drafting = {**MODEL, "model": str(prepare_early_exit(24))}
+        options += ["--speculative-config", json.dumps(drafting)]
+    with start(*options) as server:
         assert everything(server) == expected
         for _ in range(30):  # the worker is asked now and then
             found = facts(server)
@@ -79,5 +92,6 @@ def test_greedy_answers_are_those_without_drafts(
                 break
             time.sleep(1.0)
         assert sum(found["accepted"].values()) > 20
+        assert ("draft_model" in found["accepted"]) == drafting_model
         assert found["failed"] == {}
         assert found["stands_back"] == ""

@@ -16,6 +16,7 @@ from typing import Any
 
 from xllm_plugins.compat import Target, patch
 from xllm_plugins.compat.lazy import when_imported
+from xllm_plugins.compat.spec_beside import BESIDE, drafted_beside
 
 WHY = (
     "A custom_class proposer learns neither request ids nor what was drafted, accepted or salted, "
@@ -54,11 +55,19 @@ def install() -> None:
 
 def _tell(original: Any) -> Any:
     @functools.wraps(original)
-    def propose_draft_token_ids(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def propose_draft_token_ids(
+        self: Any, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        draft = functools.partial(
+            original, self, scheduler_output, sampled_token_ids, *args, **kwargs
+        )
+        beside = getattr(self.drafter, BESIDE, None)
+        if beside is not None:
+            return drafted_beside(beside, self, scheduler_output, sampled_token_ids, draft)
         see = getattr(self.drafter, "xllm_see", None)
         if see is not None:
             see(scheduler_output, self.input_batch)
-        return original(self, scheduler_output, *args, **kwargs)
+        return draft()
 
     return propose_draft_token_ids
 
@@ -66,8 +75,9 @@ def _tell(original: Any) -> Any:
 def _plainly(original: Any) -> Any:
     @functools.wraps(original)
     def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
-        drafted = spec_decode_metadata
-        if drafted is not None and not drafted.max_spec_len and hasattr(self.drafter, "xllm_see"):
+        drafted, drafter = spec_decode_metadata, getattr(self, "drafter", None)
+        ours = hasattr(drafter, "xllm_see") or getattr(drafter, BESIDE, None) is not None
+        if drafted is not None and not drafted.max_spec_len and ours:
             drafted = None
         return original(self, logits, drafted)
 

@@ -3,12 +3,14 @@
 With a speculative config that has ``num_speculative_tokens_per_batch_size`` the scheduler looks the
 number up in a list by the batch's size, once in each step that is not empty. The list is replaced
 by an object that is asked the same and may answer as it likes, and which is told of every step that
-has been computed. With 0 vLLM still computes one pass of the drafter, which keeps its KV.
+has been computed. Both of vLLM's runners read the number from the step's plan. With 0 they still
+compute one pass of the drafter, which keeps its KV.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -31,17 +33,28 @@ SEAM = (
         ("num_speculative_tokens_per_batch_size",),
     ),
     Target(f"{_BASE}.propose", ("self", "num_speculative_tokens", "target_token_ids")),
+    Target(
+        "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.propose",
+        ("self", "num_speculative_tokens"),
+    ),
 )
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 _LOOKUP = "dynamic_sd_lookup"
 
 
 def check() -> str:
-    """Whether the scheduler reads the list in each step."""
+    """Whether the scheduler reads the list in each step, and the V2 runner the number."""
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-    read = _LOOKUP in Scheduler.schedule.__code__.co_names
-    return "" if read else f"Scheduler.schedule does not read {_LOOKUP}"
+    for method, name in (
+        (Scheduler.schedule, _LOOKUP),
+        (GPUModelRunner.execute_model, "num_spec_tokens_to_schedule"),
+        (GPUModelRunner.sample_tokens, "num_spec_tokens_to_schedule"),
+    ):
+        if name not in inspect.unwrap(method).__code__.co_names:
+            return f"{method.__qualname__} does not read {name}"
+    return ""
 
 
 class _Kept(list[int]):

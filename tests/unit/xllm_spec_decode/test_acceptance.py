@@ -23,6 +23,15 @@ def drafts(tokens: list[int], match: int = 4) -> Drafts:
     return made
 
 
+def judge(
+    acceptance: Acceptance, text: list[int], made: list[Drafts], best: Best, slot: int = 0
+) -> None:
+    """Fill ``best`` from one draft of each drafter."""
+    best.survival[:] = 0.0
+    for number, one in enumerate(made):
+        acceptance.judge(number, rows_of([text], slots=[slot]), one, best)
+
+
 def course(
     acceptance: Acceptance, rights: list[float], rounds: int, seed: int = 0, slot: int = 0
 ) -> Best:
@@ -32,7 +41,7 @@ def course(
     for _ in range(rounds):
         following = [rng.randrange(1, 100) for _ in range(MOST)]
         made = [drafts([t if rng.random() < right else -1 for t in following]) for right in rights]
-        acceptance.best(rows_of([text], slots=[slot]), made, best)
+        judge(acceptance, text, made, best, slot)
         text = text + following
         acceptance.observe(rows_of([text], slots=[slot]))
     return best
@@ -53,14 +62,14 @@ def test_tokens_that_other_places_dispute_are_judged_apart() -> None:
     for number in range(200):
         made = drafts([rng.randrange(1, 100)])
         made.votes[0, 0] = DISPUTED if number % 2 else AGREED
-        acceptance.best(rows_of([text]), [made], best)
+        judge(acceptance, text, [made], best)
         text = [*text, -1 if number % 2 else int(made.tokens[0, 0])]
         acceptance.observe(rows_of([text]))
     chance = {}
     for vote in (AGREED, DISPUTED):
         made = drafts([5])
         made.votes[0, 0] = vote
-        acceptance.best(rows_of([text]), [made], best)
+        judge(acceptance, text, [made], best)
         chance[vote] = best.survival[0, 0]
     assert chance[AGREED] > 0.7
     assert chance[DISPUTED] < 0.2
@@ -90,10 +99,10 @@ def test_a_draft_is_held_against_what_comes_one_token_at_a_time() -> None:
     one, whole = Acceptance(1, 1, MOST), Acceptance(1, 1, MOST)
     following, best = [5, 6, 7, 8], Best.empty(1, MOST)
     for acceptance in (one, whole):
-        acceptance.best(rows_of([[1, 2, 3]]), [drafts(following)], best)
+        judge(acceptance, [1, 2, 3], [drafts(following)], best)
     for k in range(1, 5):
         one.observe(rows_of([[1, 2, 3, *following[:k]]]))
-        one.best(rows_of([[1, 2, 3, *following[:k]]]), [drafts([])], best)
+        judge(one, [1, 2, 3, *following[:k]], [drafts([])], best)
     whole.observe(rows_of([[1, 2, 3, *following]]))
     assert one.first_token() == whole.first_token()
     for name in ("hits", "tries"):
@@ -106,7 +115,7 @@ def test_a_draft_is_held_against_what_comes_one_token_at_a_time() -> None:
 def test_chances_stay_chances(rights: list[bool]) -> None:
     acceptance, text, best = Acceptance(1, 1, MOST), [0] * 4, Best.empty(1, MOST)
     for right in rights:
-        acceptance.best(rows_of([text]), [drafts([1 if right else 2] * MOST)], best)
+        judge(acceptance, text, [drafts([1 if right else 2] * MOST)], best)
         survival = best.survival[0]
         assert ((survival >= 0) & (survival < 1)).all()
         assert (np.diff(survival) <= 0).all()
