@@ -36,7 +36,7 @@ _LATER_BONUS = 0.15  # by which a token's chance rises once the one before was r
 _MEMORY = 0.998  # weight of a try after one more
 _OWN_MEMORY = 0.96  # the same of one request,
 _OWN_PRIOR = 4.0  # and the tokens that its own record starts with
-_MOST_CHANCE = 0.98
+_MOST_CHANCE = 0.99
 
 
 class _Estimates(NamedTuple):

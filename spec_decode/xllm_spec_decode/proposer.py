@@ -96,7 +96,7 @@ class XllmProposer:
         return [[] for _ in sampled_token_ids] if found is None else found
 
     def begin(self, said: Sequence[Sequence[int]], lengths: Any, token_ids_cpu: Any) -> int | None:
-        """Draft from texts; how far the model is to draft for each request, None to leave that."""
+        """Draft from texts; how far the model is to draft, ``NO_PASS``, or None to leave that."""
         step, self._step = self._step, None
         self._begun = step is not None and not self._failed
         if step is None or self._failed:

@@ -12,7 +12,7 @@ import numpy as np
 
 from xllm_plugins.latency import StepTime, StepTimeModel
 from xllm_spec_decode.acceptance import Acceptance, Best, Floats
-from xllm_spec_decode.beside import ModelBeside, compare
+from xllm_spec_decode.beside import ModelBeside
 from xllm_spec_decode.drafters import Drafter, Drafts, Ints, Rows, Tokens
 from xllm_spec_decode.length import draft_lengths, verification
 from xllm_spec_decode.slots import Request, Slots
@@ -88,7 +88,7 @@ class Speculator:
     ) -> None:
         self._names = [*drafters, *([model] if model else [])]
         self._drafters: list[Drafter | None] = list(drafters.values())
-        self._beside = ModelBeside(most) if model else None
+        self._beside = ModelBeside(slots, most) if model else None
         self._begun: _Begun | None = None
         self._acceptance = Acceptance(len(self._names), slots, most, bool(model))
         self._model = StepTimeModel(idle_experts)
@@ -121,7 +121,7 @@ class Speculator:
             now_s: the time.
 
         Returns:
-            The tokens that the model is to draft for each request.
+            The tokens that the model is to draft for each request; ``NO_PASS`` for no pass.
         """
         slots = self._admit(step)
         n = len(slots)
@@ -149,7 +149,7 @@ class Speculator:
         self._begun = _Begun(n, speaking, rows, best)
         if len(speaking):
             self._draft(rows, best)
-        return self._passes(rows, best)
+        return self._width(slots, rows, best)
 
     def finish(self, modelled: Tokens | None = None) -> list[list[int]]:
         """The drafts for the next step.
@@ -165,9 +165,9 @@ class Speculator:
         found: list[list[int]] = [[] for _ in range(n)]
         if not len(places):
             return found
-        if modelled is not None and modelled.shape[1]:
+        if self._beside is not None and modelled is not None and modelled.shape[1]:
             drafts = self._drafts[-1].head(len(places))
-            compare(modelled[places], best, drafts)
+            self._beside.compare(rows.slots, modelled[places], best, drafts)
             self._acceptance.judge(len(self._names) - 1, rows, drafts, best)
         chosen = self._lengths(rows, best)
         self._chosen[rows.slots] = best.drafter
@@ -191,7 +191,7 @@ class Speculator:
             self._slots.release(request_id)
         self._last = (-math.inf, frozenset())
         if self._beside is not None:
-            self._beside = ModelBeside(self._best.survival.shape[1])
+            self._beside = ModelBeside(*self._best.survival.shape)
         failed, self._tally = self._tally.failed, Tally(self._names)
         self._tally.failed.update(failed)
 
@@ -222,6 +222,8 @@ class Speculator:
         for slot in taken:
             self._known[slot] = 0
             self._acceptance.forget(slot)
+            if self._beside is not None:
+                self._beside.forget(slot)
             self._each(lambda drafter, number, slot=slot: drafter.forget(slot))  # type: ignore[misc]
         return slots
 
@@ -242,16 +244,16 @@ class Speculator:
             if drafter is not None:
                 self._acceptance.judge(number, rows, drafts[number], best)
 
-    def _passes(self, rows: Rows, best: Best) -> int:
+    def _width(self, slots: Ints, rows: Rows, best: Best) -> int:
         """How far the model drafts."""
         if self._beside is None:
             return 0
-        if not len(rows.rows):
-            self._beside.passes = 0
-            return 0
+        if not self._beside.begin(slots) or not len(rows.rows):
+            return self._beside.width
         budget_ms = self._slots.least_tpot_ms(rows.slots)
         likely = self._acceptance.likely(rows.slots)
         self._beside.choose(
+            rows.slots,
             best.survival,
             likely,
             rows.lengths,
@@ -259,13 +261,13 @@ class Speculator:
             budget_ms,
             lambda survival, time: self._fitting(survival, rows, time, budget_ms),
         )
-        return self._beside.passes
+        return self._beside.width
 
     def _lengths(self, rows: Rows, best: Best) -> Ints:
         """How many tokens of each row's draft to take."""
         time = self._model.current
         if self._beside is not None:
-            time = self._beside.time(time, len(rows.rows))
+            time = self._beside.time(time, len(rows.rows), self._beside.width)
         budget_ms = self._slots.least_tpot_ms(rows.slots)
         lengths = self._fitting(best.survival, rows, time, budget_ms)
         if not lengths.any() and self._quiet_steps >= _PROBE_EVERY:

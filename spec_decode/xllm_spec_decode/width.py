@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from xllm_plugins.compat.spec_beside import NO_PASS
 from xllm_plugins.latency import StepShape, StepTimeModel
 
 PRIOR_CHANCE = 0.7  # of a first token; a later one's prior is the chance of the one before it
@@ -74,10 +75,10 @@ class BatchWidth:
 
     A step of ``n`` requests whose drafts are ``K`` tokens long yields ``n`` times one token and the
     chances that the first one, two, ... of them are right. It verifies ``n * K`` tokens and the
-    drafter computes ``K`` passes, which is learned apart, for drafting is paid however much of it
-    is verified:
+    drafter computes ``P`` passes, one for ``K = 0`` and else ``K``, which is learned apart, for
+    drafting is paid however much of it is verified:
 
-        step_ms  base + request * n + context * S + token * n * K + pass * K + pass_request * K * n
+        step_ms  base + request * n + context * S + token * n * K + pass * P + pass_request * P * n
 
     All numbers up to ``most`` are compared. Every 64 steps another one is tried, in turn.
 
@@ -155,6 +156,11 @@ def chances(hits: NDArray[np.float64], tries: NDArray[np.float64]) -> NDArray[np
     return found
 
 
+def passes(width: int) -> int:
+    """Passes of the drafter for drafts of so many tokens; none for ``NO_PASS``."""
+    return 0 if width == NO_PASS else max(1, width)
+
+
 def shape(requests: int, verified: int, width: int, context_tokens: int) -> StepShape:
     """A step that verifies so many drafted tokens, and drafts ``width`` for each request.
 
@@ -162,8 +168,8 @@ def shape(requests: int, verified: int, width: int, context_tokens: int) -> Step
     """
     return StepShape(
         prefill_tokens=verified,
-        prefill_squares=width,
-        prefill_cross=width * requests,
+        prefill_squares=passes(width),
+        prefill_cross=passes(width) * requests,
         decodes=requests,
         decode_context=context_tokens,
     )

@@ -32,7 +32,16 @@ pytestmark = pytest.mark.vllm
 IN_VLLM = [seam for seam in SEAMS if upstream_of(seam) == VLLM]
 ELSEWHERE = {ASCEND: "0.23.0", NIXL: "1.5.1"}  # what tests/ascend and test_nixl_progress have
 # vLLM before 0.26 has no endpoint plugins, so there is nobody to ask for the engine's status.
-ABSENT = {"0.23.0": {"engine_status", "eplb_cpu", "kv_tiers", "spec_width", "target_platform"}}
+ABSENT = {
+    "0.23.0": {
+        "engine_status",
+        "eplb_cpu",
+        "kv_tiers",
+        "spec_beside",
+        "spec_width",
+        "target_platform",
+    }
+}
 
 
 def test_the_vllm_under_test_is_the_one_that_is_meant() -> None:

@@ -182,11 +182,37 @@ def test_speculation_is_held_against_the_best_of_the_others_in_every_cell() -> N
         system: {cell: [float(speed)] for cell, speed in zip(cells, both, strict=True)}
         for system, both in speeds.items()
     }
-    assert claims(rates) == [
-        "ours to none: 2.828 (geometric mean), at worst 2.000 (chat, batch 1)",
-        "ours to the best of ngram, suffix: 1.414 (geometric mean), at worst 1.000 (chat, batch 1)",
-    ]
-    assert claims({"none": rates["none"]}) == []
+    assert claims(rates) == {
+        "ours is 2.828 of ngram, the best of the others on the geometric mean, at least 1.1": True,
+        "ours is at least 0.97 of the better of ngram and suffix in every cell: 1.414 (geometric "
+        "mean), at worst 1.000 (chat, batch 1), less in 0 of 2": True,
+        "ours is at least 0.98 of none in every cell: 2.828 (geometric mean), at worst 2.000 "
+        "(chat, batch 1), less in 0 of 2": True,
+    }
+    assert claims({"none": rates["none"]}) == {}
+
+
+@pytest.mark.parametrize(
+    ("ours", "met"), [((5, 40), [False, False, False]), ((12, 39), [True] * 3)]
+)
+def test_speculation_that_falls_behind_is_told(ours: tuple[int, int], met: list[bool]) -> None:
+    cells = [("chat", 1), ("chat", 4)]
+    speeds = {"none": (10, 20), "ngram": (10, 35), "ours": ours}
+    rates = {
+        system: {cell: [float(speed)] for cell, speed in zip(cells, both, strict=True)}
+        for system, both in speeds.items()
+    }
+    assert list(claims(rates).values()) == met
+
+
+def test_a_drafting_model_is_held_against_its_fixed_lengths_alone() -> None:
+    rates = {name: {("chat", 1): [speed]} for name, speed in DRAFTING.items()}
+    (claim,) = claims(rates)
+    assert claim.startswith("ours is 0.800 of draft 2, the best of the others")
+    assert not claims(rates)[claim]
+
+
+DRAFTING = {"none": 20.0, "draft 1": 5.0, "draft 2": 10.0, "ours": 8.0}
 
 
 def test_arrivals_keep_the_rate_inside_and_outside_bursts() -> None:

@@ -36,6 +36,7 @@ SEAMS = (
     "nixl_progress",
     "request_class",
     "scheduler_levers",
+    "spec_beside",
     "spec_proposer",
     "spec_sampling",
     "spec_width",

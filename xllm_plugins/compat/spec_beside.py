@@ -36,6 +36,8 @@ SEAM = (
     ),
 )
 BESIDE = "xllm_beside"
+NO_PASS = -1
+"""What is said in place of a length where the model is not to compute anything."""
 
 
 def check() -> str:
@@ -108,6 +110,8 @@ def drafted_beside(
             lengths[row] += len(tokens)
             batch.token_ids_cpu[row, begin : lengths[row]] = tokens
     width = beside.begin(said, lengths, batch.token_ids_cpu)
+    if width == NO_PASS:
+        return beside.finish() or [[] for _ in said]
     if width is not None:
         scheduler_output.num_spec_tokens_to_schedule = width
     return beside.finish(draft())

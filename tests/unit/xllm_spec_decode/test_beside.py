@@ -7,11 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from xllm_plugins.compat.spec_beside import NO_PASS
 from xllm_spec_decode.acceptance import Best
-from xllm_spec_decode.beside import compare
+from xllm_spec_decode.beside import ModelBeside
 from xllm_spec_decode.drafters import AGREED, ALONE, DISPUTED, Drafts, PromptLookup
 from xllm_spec_decode.slots import Request
 from xllm_spec_decode.speculator import Speculator, Step
+from xllm_spec_decode.width import passes
 
 MOST, SLOTS, LENGTH = 4, 4, 2000
 CYCLE = [11, 12, 13, 14, 15]
@@ -22,7 +24,7 @@ class Engine:
     """Requests that say what their texts say; a model that knows them, as often as it is right."""
 
     def __init__(self, right: float, pass_ms: float) -> None:
-        self._right, self._pass_ms = right, pass_ms
+        self.right, self.pass_ms = right, pass_ms
         self._rng = np.random.default_rng(0)
         drafters = {"ngram": PromptLookup(SLOTS, 1024)}
         self.speculator = Speculator(drafters, SLOTS, MOST, model="model")
@@ -30,15 +32,18 @@ class Engine:
         self._said: list[int] = []
         self._drafts: list[list[int]] = []
         self._new: dict[str, Request] = {}
-        self._passes = 0
+        self._drafting_ms = 0.0
         self.now_s = 0.0
         self.widths = Counter[int]()
 
-    def add(self, text: list[int], request: Request | None = None) -> None:
-        row = len(self._said)
+    def add(self, text: list[int], request: Request | None = None, row: int | None = None) -> None:
+        """One more request; with ``row`` in the place of one that has ended."""
+        if row is None:
+            row = len(self._said)
+            self._said.append(3)
+            self._drafts.append([])
         self._texts[row, : len(text)] = text
-        self._said.append(3)
-        self._drafts.append([])
+        self._said[row], self._drafts[row] = 3, []
         self._new[str(row)] = request or Request(None)
 
     def step(self) -> None:
@@ -52,14 +57,18 @@ class Engine:
             said.append(self._texts[i, begin : begin + right + 1].tolist())
             self._said[i] += right + 1
         verified = sum(drafted.values())
-        self.now_s += (BASE_MS + TOKEN_MS * (n + verified) + self._pass_ms * self._passes) / 1e3
+        self.now_s += (BASE_MS + TOKEN_MS * (n + verified) + self._drafting_ms) / 1e3
         step = Step([str(i) for i in range(n)], self._new, (), drafted, n + verified, np.full(n, 3))
         self._new = {}
         lengths = np.array(self._said)
-        self._passes = self.speculator.begin(step, said, lengths, self._texts, self.now_s)
-        self.widths[self._passes] += 1
-        places = lengths[:, None] + np.arange(self._passes)
-        wrong = self._rng.random(places.shape) >= self._right
+        width = self.speculator.begin(step, said, lengths, self._texts, self.now_s)
+        self.widths[width] += 1
+        self._drafting_ms = self.pass_ms * passes(width)
+        if width == NO_PASS:
+            self._drafts = self.speculator.finish()
+            return
+        places = lengths[:, None] + np.arange(width)
+        wrong = self._rng.random(places.shape) >= self.right
         modelled = self._texts[np.arange(n)[:, None], places] + wrong.astype(np.int32)
         self._drafts = self.speculator.finish(modelled)
 
@@ -81,7 +90,8 @@ def test_where_texts_say_it_all_the_model_does_not_draft() -> None:
     engine.add(CYCLE * (LENGTH // 5))
     engine.run(60)
     before = engine.speculator.facts()["accepted"]
-    assert engine.run(128)[0] >= 120
+    found = engine.run(128)
+    assert found[0] + found[NO_PASS] >= 120
     after = engine.speculator.facts()["accepted"]
     assert after["ngram"] - before["ngram"] > 3 * 120
     assert after["model"] - before["model"] < 16
@@ -95,11 +105,24 @@ def test_where_texts_say_nothing_the_model_drafts() -> None:
     assert engine.speculator.facts()["accepted"]["model"] > 2 * 120
 
 
-def test_a_model_that_costs_more_than_it_brings_drafts_only_to_be_tried() -> None:
+def test_a_model_that_costs_more_than_it_brings_rests() -> None:
     engine = Engine(right=0.3, pass_ms=15.0)
     engine.add(novel(1))
-    engine.run(60)
-    assert engine.run(640)[0] >= 620
+    engine.run(100)
+    assert engine.run(500) == {NO_PASS: 500}
+
+
+def test_after_its_rest_a_model_drafts_for_new_requests_if_that_pays_now() -> None:
+    engine = Engine(right=0.3, pass_ms=15.0)
+    engine.add(novel(1))
+    engine.run(100)
+    engine.right, engine.pass_ms = 0.95, 1.0
+    found = Counter[int]()
+    for number in range(15):
+        engine.add(novel(number), row=0)
+        found += engine.run(350)
+    assert 4000 < found[NO_PASS] < 4400  # whoever was there when the rest ended has gaps
+    assert sum(many for width, many in found.items() if width >= 2) > 500
 
 
 def test_side_by_side_each_request_has_the_better_draft() -> None:
@@ -116,7 +139,7 @@ def test_a_tpot_too_short_for_the_models_passes_has_none() -> None:
     engine = Engine(right=0.9, pass_ms=5.0)
     engine.add(novel(1), Request(None, tpot_ms=BASE_MS + 2.0))
     engine.run(60)
-    assert engine.run(128) == {0: 128}
+    assert set(engine.run(128)) <= {0, NO_PASS}
 
 
 def test_what_a_pass_takes_is_told_from_what_a_token_takes() -> None:
@@ -141,7 +164,8 @@ def test_texts_vote_on_the_models_tokens_as_far_as_they_went_on_alike() -> None:
     texts, drafts = Best.empty(3, MOST), Drafts.empty(3, MOST)
     texts.tokens[0], texts.survival[0] = [1, 2, 9, 4], 0.5
     texts.tokens[1], texts.survival[1, :2] = [1, 2, 0, 0], 0.5
-    compare(np.array([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]], np.int32), texts, drafts)
+    modelled = np.tile(np.arange(1, MOST + 1, dtype=np.int32), (3, 1))
+    ModelBeside(SLOTS, MOST).compare(np.arange(3), modelled, texts, drafts)
     assert drafts.votes.tolist() == [
         [AGREED, AGREED, DISPUTED, ALONE],
         [AGREED, AGREED, ALONE, ALONE],
