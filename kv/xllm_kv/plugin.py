@@ -200,8 +200,25 @@ def attach(attachment: Attachment) -> str:
     config = attachment.vllm_config.kv_transfer_config
     if config is None or config.kv_connector_module_path != MODULE:
         raise NotAvailableError("vLLM's configuration was built without our connector")
-    children = config.kv_connector_extra_config["connectors"]
-    return " and ".join(child["kv_connector"] for child in children)
+    children = [child["kv_connector"] for child in config.kv_connector_extra_config["connectors"]]
+    if children == [TIERS]:
+        refuse_embeddings(attachment.vllm_config, attachment.engine_args)
+    return " and ".join(children)
+
+
+def refuse_embeddings(vllm_config: Any, engine_args: Any) -> None:
+    """Take embeddings in place of images only where the user has it so, as without tiers.
+
+    vLLM has every engine that may be given KV accept them, even without their tensors, since the KV
+    made of them comes from another engine. Tiers are given nobody's but their own.
+    """
+    images = getattr(vllm_config.model_config, "multimodal_config", None)
+    encoder = getattr(vllm_config, "ec_transfer_config", None)
+    if getattr(images, "allow_missing_mm_embeddings", False) and not (
+        encoder is not None and encoder.is_ec_consumer
+    ):
+        images.allow_missing_mm_embeddings = False
+        images.enable_mm_embeds = engine_args.enable_mm_embeds
 
 
 FEATURE = Feature(
