@@ -64,7 +64,8 @@ def more(folder: str) -> dict[str, Any]:
     made: dict[str, Any] = {}
     if getattr(config, "vision_config", None) is not None:
         made["limit_mm_per_prompt"] = {"image": 0, "video": 0}
-    if "mamba" not in (getattr(config, "layer_types", None) or ()):
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    if not layers & {"mamba", "linear_attention"}:
         made |= {"block_size": BLOCK, "num_gpu_blocks_override": BLOCKS}
     return made
 

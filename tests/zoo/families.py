@@ -115,7 +115,8 @@ FAMILIES = (
            "Qwen2.5-VL's architecture, text alone here"),
     Family("MiniCPM-V 4.6", "minicpmv4_6", {
         "text_config": {"model_type": "qwen3_5_text", **_DENSE,
-                        "layer_types": ["full_attention"] * 3}}, "images, text alone here"),
+                        "layer_types": ["linear_attention", "full_attention"] * 2,
+                        "num_hidden_layers": 4}}, "linear attention beside attention; text alone"),
     Family("Gemma 3", "gemma3_text", {**_DENSE, "sliding_window": 64, "layer_types": [
         "sliding_attention", "full_attention", "sliding_attention"]}, "sliding windows"),
     Family("Granite 4", "granitemoehybrid", {**_DENSE, "layer_types": [

@@ -29,7 +29,8 @@ def config_of(encoder: Any = None, asked: bool = False) -> Any:
         ec_transfer_config=encoder,
     )
     VllmConfig._resolve_mm_embedding_inputs(made)  # type: ignore[arg-type]
-    assert images.enable_mm_embeds and images.allow_missing_mm_embeddings
+    assert images.enable_mm_embeds
+    assert images.allow_missing_mm_embeddings
     return made
 
 
