@@ -213,10 +213,10 @@ def refuse_embeddings(vllm_config: Any, engine_args: Any) -> None:
     made of them comes from another engine. Tiers are given nobody's but their own.
     """
     images = getattr(vllm_config.model_config, "multimodal_config", None)
-    encoder = getattr(vllm_config, "ec_transfer_config", None)
-    if getattr(images, "allow_missing_mm_embeddings", False) and not (
-        encoder is not None and encoder.is_ec_consumer
-    ):
+    if images is None or not getattr(images, "allow_missing_mm_embeddings", False):
+        return
+    encoder = vllm_config.ec_transfer_config
+    if encoder is None or not encoder.is_ec_consumer:
         images.allow_missing_mm_embeddings = False
         images.enable_mm_embeds = engine_args.enable_mm_embeds
 

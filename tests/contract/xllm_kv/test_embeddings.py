@@ -28,7 +28,7 @@ def config_of(encoder: Any = None, asked: bool = False) -> Any:
         kv_transfer_config=transfer,
         ec_transfer_config=encoder,
     )
-    VllmConfig._resolve_mm_embedding_inputs(made)  # type: ignore[arg-type]
+    VllmConfig._resolve_mm_embedding_inputs(made)
     assert images.enable_mm_embeds
     assert images.allow_missing_mm_embeddings
     return made
