@@ -210,7 +210,7 @@ def refuse_embeddings(vllm_config: Any, engine_args: Any) -> None:
     """Take embeddings in place of images only where the user has it so, as without tiers.
 
     vLLM has every engine that may be given KV accept them, even without their tensors, since the KV
-    made of them comes from another engine. Tiers are given nobody's but their own.
+    made of them comes from another engine. Of what tiers do not hold the tensors are needed here.
     """
     images = getattr(vllm_config.model_config, "multimodal_config", None)
     if images is None or not getattr(images, "allow_missing_mm_embeddings", False):

@@ -28,8 +28,8 @@ class ModelBeside:
 
     With 0 the model still computes a pass, for the KV of what was said. Where steps would be faster
     without even that, 64 times in a row, it rests. Requests that were there meanwhile have gaps in
-    its KV, which would make its drafts worse and change no answer; it goes on with those that come
-    after.
+    its KV, and so have those that later find such KV cached, which would make its drafts worse and
+    change no answer; it goes on with others that come after.
 
     Args:
         slots: requests at a time.
@@ -42,13 +42,14 @@ class ModelBeside:
     def __init__(self, slots: int, most: int) -> None:
         self._turns = Turns(most)
         self._behind = np.zeros(slots, np.bool_)
+        self._rested = False  # ever
         self._worse = 0  # steps in a row
         self._rest = 0  # steps that are left of it
         self.width = 0
 
-    def forget(self, slot: int) -> None:
-        """The slot is another request's from now on."""
-        self._behind[slot] = False
+    def admit(self, slot: int, cached_tokens: int) -> None:
+        """The slot is another request's; KV that it finds computed may be of a time of rest."""
+        self._behind[slot] = self._rested and cached_tokens > 0
 
     def step(self, drafted: Ints, contexts: Ints) -> StepShape:
         """A step that verified so many tokens of each request, after the model's passes."""
@@ -115,6 +116,7 @@ class ModelBeside:
         self._worse = self._worse + 1 if fastest(NO_PASS) > WORTH * speeds[choice] else 0
         if self._worse >= _GIVE_UP:
             self._worse, self._rest, self.width = 0, _REST, NO_PASS
+            self._rested = True
             self._behind[slots] = True
 
     def compare(self, slots: Ints, modelled: Tokens, texts: Best, drafts: Drafts) -> None:

@@ -71,6 +71,8 @@ def _steered(engine_args: Any, own: Mapping[str, Any]) -> dict[str, Any]:
     problem, most = "", own.get("num_speculative_tokens", 0)
     if spec_width.SCHEDULE in own:
         problem = f"it has {spec_width.SCHEDULE}"
+    elif own.get("parallel_drafting"):
+        problem = "it drafts all its tokens in one pass"
     elif not most:
         problem = "steering it needs its num_speculative_tokens, the most that are drafted"
     elif engine_args.data_parallel_size > 1:
@@ -127,12 +129,19 @@ def install() -> None:
 
 
 def _is_beside(vllm_config: Any) -> bool:
-    """Whether texts draft beside a model: one worker decides, and knows what a step has said."""
+    """Whether texts draft beside a model: one worker of V1 decides, knowing what a step said.
+
+    A text that is too long for the model would have vLLM ask nobody for drafts.
+    """
     speculative = vllm_config.speculative_config
+    longest = vllm_config.model_config.max_model_len
+    reach = getattr(speculative.draft_model_config, "max_model_len", None) or longest
     return (
         not vllm_config.scheduler_config.async_scheduling
+        and not vllm_config.use_v2_model_runner
         and vllm_config.parallel_config.world_size == 1
         and speculative.draft_sample_method == "greedy"
+        and reach >= longest
         and inspect_seam("spec_beside").holds
     )
 

@@ -62,7 +62,7 @@ class XllmProposer:
         ids = ["xllm-warm-up-1", "xllm-warm-up-2"]
         prompts, lengths = np.full(2, 4, np.int64), np.full(2, 12, np.int64)
         step = Step(ids, {one: Request(None) for one in ids}, (), {}, 2, prompts)
-        self._speculator.warm_up(step, [[0], [0]], lengths, tokens)
+        self._safely(lambda: self._speculator.warm_up(step, [[0], [0]], lengths, tokens), None)
 
     def xllm_see(self, scheduler_output: Any, input_batch: Any) -> None:
         """Called by the seam before :meth:`propose`, with what vLLM has just computed."""
@@ -70,7 +70,7 @@ class XllmProposer:
         self._step = Step(
             ids=list(ids),
             new={
-                one.req_id: Request(_tenant(one), self._tpot_ms(one))
+                one.req_id: Request(_tenant(one), self._tpot_ms(one), one.num_computed_tokens)
                 for one in scheduler_output.scheduled_new_reqs
             },
             finished=list(scheduler_output.finished_req_ids),

@@ -20,10 +20,12 @@ class Request(NamedTuple):
     Attributes:
         tenant: requests with the same may see what the others said; None for nobody else.
         tpot_ms: that it is owed; infinite for none.
+        cached_tokens: of its prompt whose KV was there.
     """
 
     tenant: Hashable | None
     tpot_ms: float = math.inf
+    cached_tokens: int = 0
 
 
 class Slots:

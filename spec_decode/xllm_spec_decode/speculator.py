@@ -97,7 +97,7 @@ class Speculator:
         self._chosen = np.zeros(slots, np.int64)  # whose draft a request has
         self._drafts = [Drafts.empty(slots, most) for _ in self._names]
         self._best = Best.empty(slots, most)
-        self._last: tuple[float, frozenset[str]] = (-math.inf, frozenset())
+        self._last: tuple[float, frozenset[str], bool] = (-math.inf, frozenset(), False)
         self._quiet_steps = 0
         self._tally = Tally(self._names)
 
@@ -189,7 +189,7 @@ class Speculator:
         self.propose(step._replace(new={}), said, lengths, tokens, -math.inf)
         for request_id in step.ids:
             self._slots.release(request_id)
-        self._last = (-math.inf, frozenset())
+        self._last = (-math.inf, frozenset(), False)
         if self._beside is not None:
             self._beside = ModelBeside(*self._best.survival.shape)
         failed, self._tally = self._tally.failed, Tally(self._names)
@@ -222,17 +222,23 @@ class Speculator:
         for slot in taken:
             self._known[slot] = 0
             self._acceptance.forget(slot)
-            if self._beside is not None:
-                self._beside.forget(slot)
             self._each(lambda drafter, number, slot=slot: drafter.forget(slot))  # type: ignore[misc]
+        if self._beside is not None:
+            for slot, request_id in zip(slots.tolist(), step.ids, strict=True):
+                if request_id in step.new:
+                    self._beside.admit(slot, step.new[request_id].cached_tokens)
         return slots
 
     def _learn_time(self, step: Step, drafted: Ints, contexts: Ints, now_s: float) -> None:
-        """Learn from a step that followed the last one at once and computed no prompt."""
-        (last_s, before), here = self._last, frozenset(step.ids)
-        self._last = (now_s, here)
+        """Learn from a step that followed the last one at once and computed no prompt.
+
+        What a drafting model computes after a step of prompts is in the time of the next one.
+        """
+        (last_s, before, last_alone), here = self._last, frozenset(step.ids)
         alone = step.computed_tokens == len(step.ids) + int(drafted.sum())
-        if alone and here <= before and 0.0 < now_s - last_s < _STALE_S:
+        self._last = (now_s, here, alone)
+        plain = alone and (last_alone or self._beside is None)
+        if plain and here <= before and 0.0 < now_s - last_s < _STALE_S:
             shape = (self._beside.step if self._beside else verification)(drafted, contexts)
             self._model.observe(shape, (now_s - last_s) * 1e3)
 

@@ -70,9 +70,13 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def config(choice: Choice = Choice.BEST, **changed: Any) -> SimpleNamespace:
     made = config_of(drafter=choice)
     made.scheduler_config.async_scheduling = changed.get("asynchronous", False)
+    made.use_v2_model_runner = changed.get("v2", False)
     made.parallel_config = SimpleNamespace(world_size=changed.get("world_size", 1))
     sampled = changed.get("draft_sample_method", "greedy")
-    made.speculative_config = SimpleNamespace(**STEERED, draft_sample_method=sampled)
+    drafter = SimpleNamespace(max_model_len=changed.get("longest", 64))
+    made.speculative_config = SimpleNamespace(
+        **STEERED, draft_sample_method=sampled, draft_model_config=drafter
+    )
     return made
 
 
@@ -148,7 +152,13 @@ def test_a_failure_leaves_the_models_drafts(monkeypatch: pytest.MonkeyPatch, met
 
 @pytest.mark.parametrize(
     "changed",
-    [{"asynchronous": True}, {"world_size": 2}, {"draft_sample_method": "probabilistic"}],
+    [
+        {"asynchronous": True},
+        {"v2": True},
+        {"world_size": 2},
+        {"draft_sample_method": "probabilistic"},
+        {"longest": 32},
+    ],
 )
 def test_elsewhere_the_scheduler_steers_the_model_alone(changed: dict[str, Any]) -> None:
     made = config(**changed)

@@ -167,7 +167,13 @@ def test_a_new_requests_salt_reaches_the_worker() -> None:
 
 def seen(config: Any, **request_fields: Any) -> Request:
     proposer = create_custom_proposer(config)
-    given = {"req_id": "one", "sampling_params": None, "lora_request": None, SALT: "a"}
+    given = {
+        "req_id": "one",
+        "sampling_params": None,
+        "lora_request": None,
+        "num_computed_tokens": 0,
+        SALT: "a",
+    }
     one = SimpleNamespace(**{**given, **request_fields})
     if request_fields.get(SALT) is Ellipsis:
         delattr(one, SALT)

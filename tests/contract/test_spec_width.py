@@ -155,6 +155,11 @@ def test_a_drafting_model_of_the_users_is_steered_when_asked_for() -> None:
         ({"speculative_config": DRAFT}, Mode.AUTO, "with draft_model is kept; spec_decode.mode=on"),
         ({"speculative_config": STEERED}, Mode.ON, "kept; it has num_speculative_tokens_per_batch"),
         ({"speculative_config": {"method": "eagle3"}}, Mode.ON, "needs its num_speculative_tokens"),
+        (
+            {"speculative_config": {**DRAFT, "parallel_drafting": True}},
+            Mode.ON,
+            "drafts all its tokens in one pass",
+        ),
         ({"speculative_config": {"method": "medusa"}}, Mode.ON, "eagle3, mtp can be steered"),
         ({"speculative_config": DRAFT, "data_parallel_size": 2}, Mode.ON, "data parallelism"),
     ],

@@ -4,7 +4,8 @@ With a speculative config that has ``num_speculative_tokens_per_batch_size`` the
 number up in a list by the batch's size, once in each step that is not empty. The list is replaced
 by an object that is asked the same and may answer as it likes, and which is told of every step that
 has been computed. Both of vLLM's runners read the number from the step's plan. With 0 they still
-compute one pass of the drafter, which keeps its KV.
+compute one pass of the drafter, which keeps its KV; the V2 runner's ``draft_model`` and MTP of
+several modules compute all passes whatever it is, so that only verification is saved.
 """
 
 from __future__ import annotations

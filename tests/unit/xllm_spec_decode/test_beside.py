@@ -125,6 +125,30 @@ def test_after_its_rest_a_model_drafts_for_new_requests_if_that_pays_now() -> No
     assert sum(many for width, many in found.items() if width >= 2) > 500
 
 
+def test_after_a_rest_who_finds_kv_cached_is_not_drafted_for() -> None:
+    engine = Engine(right=0.3, pass_ms=15.0)
+    engine.add(novel(1))
+    engine.run(100)
+    engine.right, engine.pass_ms = 0.95, 1.0
+    for number in range(13):
+        engine.add(novel(number), row=0)
+        engine.run(350)
+    engine.add(novel(20), Request(None, cached_tokens=2), row=0)
+    assert engine.run(200) == {NO_PASS: 200}
+    engine.add(novel(21), row=0)
+    assert engine.run(200)[NO_PASS] == 0
+
+
+def test_the_step_after_a_prompt_tells_nothing_about_a_models_time() -> None:
+    speculator = Speculator({"ngram": PromptLookup(SLOTS, 64)}, SLOTS, MOST, model="model")
+    tokens, prompts = np.zeros((1, 64), np.int32), np.full(1, 3)
+    for number in range(40):  # every second step computes some of another one's prompt
+        step = Step(["0"], {}, (), {}, 1 + 7 * (number % 2), prompts)
+        speculator.begin(step, [[0]], np.full(1, 4 + number), tokens, 0.01 * number)
+        speculator.finish()
+    assert not speculator.facts()["step_ms"]["ready"]
+
+
 def test_side_by_side_each_request_has_the_better_draft() -> None:
     engine = Engine(right=0.8, pass_ms=0.5)
     engine.add(CYCLE * (LENGTH // 5))
