@@ -141,7 +141,7 @@ def test_a_drafting_model_of_the_users_is_steered_when_asked_for() -> None:
     section = SpecDecodeSection(mode=Mode.ON)
     assert plugin.prepare(given, section) == {"speculative_config": STEERED}
     config = config_of()
-    config.speculative_config = SimpleNamespace(**STEERED)
+    config.speculative_config = SimpleNamespace(**STEERED, draft_model_config=None)
     config.scheduler_config.async_scheduling = True
     assert plugin.attach(Attachment(given, config, section)) == "vllm.v1.core.sched.scheduler"
     config.speculative_config.num_speculative_tokens_per_batch_size = None

@@ -41,9 +41,11 @@ def moved(decisions: list[Decision]) -> int:
 
 def test_a_skewed_load_is_balanced_at_once_and_then_left_alone() -> None:
     load = skewed(LAYERS, EXPERTS)
-    made = run(BalancePolicy(Rules(), COSTS), [window(load)] * 10)
+    made = run(BalancePolicy(Rules(), COSTS), [window(load)] * 60)
     assert (imbalance(load, made[0].placement, 8) < 1.03).all()
-    assert moved(made[5:]) == 0
+    # The more windows agree, the less is put down to noise: a last per cent may yet be moved for.
+    assert moved(made[1:]) <= moved(made[:1]) / 2
+    assert moved(made[30:]) == 0
     assert set(made[-1].outcomes) <= {Outcome.BALANCED, Outcome.NOISE}
 
 
