@@ -96,7 +96,13 @@ def draft_lengths(
 
 
 def speed(survival: Floats, lengths: Ints, step_ms: float) -> float:
-    """What :func:`draft_lengths` maximises: the geometric mean of requests' tokens, per ms."""
+    """What :func:`draft_lengths` maximises: the geometric mean of requests' tokens, per ms.
+
+    Args:
+        survival: ``[n, most]``, the chance of a token and all before it.
+        lengths: ``[n]``, tokens of each draft that are taken.
+        step_ms: that the step takes.
+    """
     taken = np.arange(survival.shape[1]) < lengths[:, None]
     return float(np.exp(np.log1p(np.where(taken, survival, 0.0).sum(1)).mean()) / step_ms)
 

@@ -25,6 +25,8 @@ _FIRST_REQUESTS = 8
 _GROWTH = 2  # and then so often as many as in any step that was
 _PROBE_EVERY = 64  # steps without drafts after which one request's shows what drafting costs now
 _PROBE_CHANCE = 0.5  # of the tokens that it takes
+# When a step ended, the requests in it, and whether it computed no prompt:
+_NO_STEP: tuple[float, frozenset[str], bool] = (-math.inf, frozenset(), False)
 _STALE_S = 1.0  # a step that took longer waited for something else
 
 
@@ -97,7 +99,7 @@ class Speculator:
         self._chosen = np.zeros(slots, np.int64)  # whose draft a request has
         self._drafts = [Drafts.empty(slots, most) for _ in self._names]
         self._best = Best.empty(slots, most)
-        self._last: tuple[float, frozenset[str], bool] = (-math.inf, frozenset(), False)
+        self._last = _NO_STEP
         self._quiet_steps = 0
         self._tally = Tally(self._names)
 
@@ -189,7 +191,7 @@ class Speculator:
         self.propose(step._replace(new={}), said, lengths, tokens, -math.inf)
         for request_id in step.ids:
             self._slots.release(request_id)
-        self._last = (-math.inf, frozenset(), False)
+        self._last = _NO_STEP
         if self._beside is not None:
             self._beside = ModelBeside(*self._best.survival.shape)
         failed, self._tally = self._tally.failed, Tally(self._names)

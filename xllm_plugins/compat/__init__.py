@@ -174,6 +174,13 @@ def _problem(target: Target) -> str:
     return ""
 
 
+def unread(method: Callable[..., Any], *names: str) -> str:
+    """Which of these attributes an upstream method does not read, in a sentence; empty for none."""
+    upstream = inspect.unwrap(method)  # a seam may be over it
+    missing = sorted({*names} - {*upstream.__code__.co_names})
+    return f"{upstream.__qualname__} does not read {', '.join(missing)}" if missing else ""
+
+
 def patch(owner: type | ModuleType, attribute: str, make: Callable[[Any], Any], seam: str) -> None:
     """Replace one attribute of an upstream class or module by ``make(the original)``, once.
 

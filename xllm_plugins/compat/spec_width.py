@@ -11,12 +11,11 @@ several modules compute all passes whatever it is, so that only verification is 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from xllm_plugins.compat import Target, patch
+from xllm_plugins.compat import Target, patch, unread
 from xllm_plugins.compat.lazy import when_imported
 
 WHY = "vLLM knows a draft's length by the batch's size alone, whatever is accepted or takes time."
@@ -48,14 +47,9 @@ def check() -> str:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-    for method, name in (
-        (Scheduler.schedule, _LOOKUP),
-        (GPUModelRunner.execute_model, "num_spec_tokens_to_schedule"),
-        (GPUModelRunner.sample_tokens, "num_spec_tokens_to_schedule"),
-    ):
-        if name not in inspect.unwrap(method).__code__.co_names:
-            return f"{method.__qualname__} does not read {name}"
-    return ""
+    v2 = (GPUModelRunner.execute_model, GPUModelRunner.sample_tokens)
+    problems = [unread(method, "num_spec_tokens_to_schedule") for method in v2]
+    return next(filter(None, [unread(Scheduler.schedule, _LOOKUP), *problems]), "")
 
 
 class _Kept(list[int]):

@@ -9,11 +9,12 @@ import pytest
 from vllm.config import KVTransferConfig, MultiModalConfig, VllmConfig
 
 from xllm_kv.plugin import refuse_embeddings
+from xllm_plugins.compat import vllm_version
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(
-        not hasattr(VllmConfig, "_resolve_mm_embedding_inputs"),
+        vllm_version() == "0.23.0",
         reason="vLLM 0.23 leaves embeddings as the user has them",
     ),
 ]
